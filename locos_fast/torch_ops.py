@@ -1,0 +1,283 @@
+"""Blockwise PyTorch backend: keys and values are read once, in blocks; extra memory does not grow with the context.
+
+The rows that share a key/value head (query heads of the group x answer steps) are stacked, so that keys and values are
+never repeated: a block costs one matrix product per use. Half-precision blocks are computed in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from locos_fast.contributions import Contributions, Summary
+from locos_fast.softmax_state import SoftmaxState, merge, normaliser, weight
+from locos_fast.visibility import Visibility, count_span_visible, count_visible
+
+BLOCK = 2048  # keys per block: a block of scores (32 rows x 8 heads, float32) is 2 MB and stays in cache
+
+
+class GroupedRows(NamedTuple):
+    """Rows stacked per key/value head: (B, H, T, x) <-> (B, Hkv, G*T, x); row r of a group is (g, t) = divmod(r, T)."""
+
+    kv_heads: int
+    group: int
+    rows: int  # T
+
+    @classmethod
+    def of(cls, query: Tensor, kv_heads: int) -> GroupedRows:
+        return cls(kv_heads, query.shape[1] // kv_heads, query.shape[2])
+
+    def stack(self, x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0], self.kv_heads, self.group * self.rows, *x.shape[3:])
+
+    def unstack(self, x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0], self.kv_heads * self.group, self.rows, *x.shape[3:])
+
+    def per_row(self, x: Tensor) -> Tensor:
+        """Repeat a (B, T, ...) tensor for every query head of a group: (B, 1, G*T, ...)."""
+        return x.repeat(1, self.group, *(1 for _ in x.shape[2:]))[:, None]
+
+    def per_head(self, x: Tensor) -> Tensor:
+        """Repeat an (H,) tensor for every answer row: (1, Hkv, G*T)."""
+        return x.view(1, self.kv_heads, self.group).repeat_interleave(self.rows, dim=-1)
+
+
+class Scorer:
+    """Scores of stacked rows against one block of keys after another, masked by visibility."""
+
+    def __init__(
+        self, query: Tensor, key: Tensor, visibility: Visibility, scale: float, softcap: float | None
+    ) -> None:
+        self.key, self.softcap, self.visibility = key, softcap, visibility
+        self.layout = GroupedRows.of(query, key.shape[1])
+        self.dtype = torch.promote_types(query.dtype, torch.float32)
+        self.query = self.layout.stack(query).to(self.dtype) * (scale if softcap is None else scale / softcap)
+        first, last = visibility.columns(query.shape[0])
+        self.first, self.last = self.layout.per_row(first), self.layout.per_row(last)  # (B, 1, G*T)
+        n_keys = key.shape[2]
+        self.range = max(int(first.min()), 0), min(int(last.max()), n_keys)  # columns some row sees
+        self.everyone = int(first.max()), int(last.min())  # columns every row sees, holes apart
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        for start in range(*self.range, BLOCK):
+            yield start, min(start + BLOCK, self.range[1])
+
+    def scores(self, start: int, end: int) -> Tensor:
+        """(B, Hkv, G*T, end - start) scores, -inf where a row does not see the column."""
+        scores = self.query @ self.key[:, :, start:end].to(self.dtype).mT
+        if self.softcap is not None:
+            scores = scores.tanh_().mul_(self.softcap)
+        hidden = self._hidden(start, end)
+        return scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)
+
+    def _hidden(self, start: int, end: int) -> Tensor | None:
+        holes = self.visibility.key_mask
+        if holes is None and start >= self.everyone[0] and end <= self.everyone[1]:
+            return None
+        column = torch.arange(start, end, device=self.first.device)
+        hidden = (column < self.first[..., None]) | (column >= self.last[..., None])
+        return hidden if holes is None else hidden | ~holes[:, None, None, start:end]
+
+
+def block_state(scores: Tensor, first_slot: int) -> tuple[SoftmaxState, Tensor]:
+    """The state of one block, without payload, and its exponentials; overwrites `scores`."""
+    largest, argmax = scores.max(-1)
+    seen = largest != -torch.inf
+    exponentials = scores.sub_(torch.where(seen, largest, 0.0)[..., None]).exp_()
+    slots = torch.where(seen, argmax + first_slot, -1)
+    return SoftmaxState(largest, slots, exponentials.sum(-1), scores.new_empty((*largest.shape, 0))), exponentials
+
+
+class SpanSums:
+    """Sums over the columns of each span, block by block, touching only the columns that lie in some span."""
+
+    def __init__(self, spans: Tensor, kv_offset: int) -> None:
+        self.columns = spans - kv_offset  # (B or 1, S, 2)
+        self.host = self.columns.tolist()
+
+    def __len__(self) -> int:
+        return self.columns.shape[1]
+
+    def touched(self, start: int, end: int) -> tuple[Tensor, int, int] | None:
+        """Indices of the spans that reach into the block, and the columns of the block that they cover."""
+        hits = [
+            (index, max(low, start), min(high, end))
+            for row in self.host
+            for index, (low, high) in enumerate(row)
+            if low < end and high > start
+        ]
+        if not hits:
+            return None
+        indices = torch.tensor(sorted({hit[0] for hit in hits}), device=self.columns.device)
+        return indices, min(hit[1] for hit in hits), max(hit[2] for hit in hits)
+
+    def add(self, into: Tensor, block: Tensor, start: int) -> None:
+        """Add the sums of `block` (B, Hkv, R, n), whose first column is `start`, to `into` (B, Hkv, R, S)."""
+        touched = self.touched(start, start + block.shape[-1])
+        if touched is None:
+            return
+        indices, low, high = touched
+        column = torch.arange(low, high, device=block.device)[:, None]
+        spans = self.columns[:, indices]  # (B or 1, s, 2)
+        inside = (column >= spans[:, None, :, 0]) & (column < spans[:, None, :, 1])  # (B or 1, n, s)
+        into[..., indices] += block[..., low - start : high - start] @ inside[:, None].to(block.dtype)
+
+
+def attention_contribution(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    direction: Tensor,
+    spans: Tensor,
+    visibility: Visibility,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Contributions:
+    """Sums of phi from queries, keys and values: online softmax with scalar payloads (total, spans, span masses)."""
+    scorer, span_sums = Scorer(query, key, visibility, scale, softcap), SpanSums(spans, visibility.kv_offset)
+    layout, n_spans = scorer.layout, len(span_sums)
+    direction = layout.stack(direction).to(scorer.dtype)
+    state = SoftmaxState.empty(scorer.query.shape[:-1], 1 + 2 * n_spans, scorer.query)
+    for start, end in scorer.blocks():
+        block, exponentials = block_state(scorer.scores(start, end), visibility.kv_offset + start)
+        sums = torch.zeros_like(state.sums)
+        span_sums.add(sums[..., 1 : 1 + n_spans], exponentials, start)
+        phi = exponentials.mul_(direction @ value[:, :, start:end].to(scorer.dtype).mT)
+        sums[..., 0] = phi.sum(-1)
+        span_sums.add(sums[..., 1 + n_spans :], phi, start)
+        state = merge(state, block._replace(sums=sums))
+    lse = normaliser(state, None if sinks is None else layout.per_head(sinks))
+    to_alpha = weight(state, lse)
+    total, mass, span = layout.unstack(state.sums * to_alpha[..., None]).split([1, n_spans, n_spans], dim=-1)
+    return Contributions(
+        span=span,
+        total=total[..., 0],
+        mass=mass,
+        total_mass=layout.unstack(state.denominator * to_alpha),
+        lse=layout.unstack(lse),
+        argmax=layout.unstack(state.argmax),
+        visible=count_visible(visibility, key.shape[0], key.shape[2]),
+        span_visible=count_span_visible(visibility, spans, key.shape[0], key.shape[2]),
+    )
+
+
+def softmax_pass(scorer: Scorer, kv_offset: int) -> SoftmaxState:
+    """One pass over the keys: the state of every row, without payload."""
+    state = SoftmaxState.empty(scorer.query.shape[:-1], 0, scorer.query)
+    for start, end in scorer.blocks():
+        block, _ = block_state(scorer.scores(start, end), kv_offset + start)
+        state = merge(state, block)
+    return state
+
+
+def attention_summary(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: Tensor,
+    visibility: Visibility,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Summary:
+    """The lean path: one pass over the keys, then keys and values of the spans only."""
+    scorer = Scorer(query, key, visibility, scale, softcap)
+    layout = scorer.layout
+    state = softmax_pass(scorer, visibility.kv_offset)
+    lse = normaliser(state, None if sinks is None else layout.per_head(sinks))
+    mass, span_output = _span_outputs(scorer, value, spans - visibility.kv_offset, lse)
+    return Summary(
+        span_output=layout.unstack(span_output),
+        mass=layout.unstack(mass),
+        total_mass=layout.unstack(state.denominator * weight(state, lse)),
+        lse=layout.unstack(lse),
+        argmax=layout.unstack(state.argmax),
+        visible=count_visible(visibility, key.shape[0], key.shape[2]),
+        span_visible=count_span_visible(visibility, spans, key.shape[0], key.shape[2]),
+    )
+
+
+def _span_outputs(scorer: Scorer, value: Tensor, columns: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """mass (B, Hkv, R, S) and span_output (B, Hkv, R, S, Dv); `columns` is (B or 1, S, 2)."""
+    n_spans = columns.shape[1]
+    mass = lse.new_zeros((*lse.shape, n_spans))
+    output = lse.new_zeros((*lse.shape, n_spans, value.shape[-1]))
+    finite_lse = torch.where(lse == -torch.inf, 0.0, lse)[..., None]
+    for index in range(n_spans):
+        low = max(int(columns[:, index, 0].min()), scorer.range[0])
+        high = min(int(columns[:, index, 1].max()), scorer.range[1])
+        for start in range(low, high, BLOCK):
+            end = min(start + BLOCK, high)
+            alpha = (scorer.scores(start, end) - finite_lse).exp()
+            column = torch.arange(start, end, device=lse.device)
+            inside = (column >= columns[:, index, :1]) & (column < columns[:, index, 1:])  # (B or 1, n)
+            alpha = alpha * inside[:, None, None]
+            mass[..., index] += alpha.sum(-1)
+            output[..., index, :] += alpha @ value[:, :, start:end].to(scorer.dtype)
+    return mass, output
+
+
+def ov_contribution(
+    attn: Tensor, value: Tensor, direction: Tensor, spans: Tensor, *, visible: Tensor | None = None
+) -> Contributions:
+    """Sums of phi from given attention weights; `spans` in columns."""
+    batch, _, rows, n_keys = attn.shape
+    layout, span_sums = GroupedRows.of(attn, value.shape[1]), SpanSums(spans, 0)
+    dtype = torch.promote_types(attn.dtype, torch.float32)
+    attn, direction = layout.stack(attn), layout.stack(direction).to(dtype)
+    shape = attn.shape[:-1]
+    total, total_mass = (torch.zeros(shape, dtype=dtype, device=attn.device) for _ in range(2))
+    span, mass = (torch.zeros((*shape, len(span_sums)), dtype=dtype, device=attn.device) for _ in range(2))
+    largest = torch.zeros_like(total)
+    argmax = torch.full(shape, -1, device=attn.device)
+    for start in range(0, n_keys, BLOCK):
+        alpha = attn[..., start : start + BLOCK].to(dtype)
+        phi = alpha * (direction @ value[:, :, start : start + BLOCK].to(dtype).mT)
+        total += phi.sum(-1)
+        total_mass += alpha.sum(-1)
+        span_sums.add(span, phi, start)
+        span_sums.add(mass, alpha, start)
+        block_largest, block_argmax = alpha.max(-1)
+        argmax = torch.where(block_largest > largest, block_argmax + start, argmax)
+        largest = torch.maximum(largest, block_largest)
+    everything = Visibility(spans.new_zeros(rows), spans.new_full((rows,), n_keys))
+    return Contributions(
+        span=layout.unstack(span),
+        total=layout.unstack(total),
+        mass=layout.unstack(mass),
+        total_mass=layout.unstack(total_mass),
+        lse=None,
+        argmax=layout.unstack(argmax),
+        visible=spans.new_full((batch, rows), n_keys) if visible is None else visible,
+        span_visible=count_span_visible(everything, spans, batch, n_keys),
+    )
+
+
+def position_contribution(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    direction: Tensor,
+    visibility: Visibility,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """phi itself, (B, H, T, N): one pass for the normaliser, one to write."""
+    scorer = Scorer(query, key, visibility, scale, softcap)
+    layout = scorer.layout
+    lse = normaliser(softmax_pass(scorer, 0), None if sinks is None else layout.per_head(sinks))
+    lse = torch.where(lse == -torch.inf, 0.0, lse)
+    direction = layout.stack(direction).to(scorer.dtype)
+    phi = lse.new_zeros((*lse.shape, key.shape[2]))
+    for start, end in scorer.blocks():
+        alpha = scorer.scores(start, end).sub_(lse[..., None]).exp_()
+        torch.mul(alpha, direction @ value[:, :, start:end].to(scorer.dtype).mT, out=phi[..., start:end])
+    return layout.unstack(phi)
