@@ -1,0 +1,55 @@
+"""The rows of a program: the query heads of one key/value head x the answer steps, so that keys and values are read once.
+
+Row r is answer step r // GROUP of query head r % GROUP in the group.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def row_coordinates(row_block, steps, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(answer step, query head within the group, whether the row exists) of each row of a program."""
+    row = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    return row // GROUP, row % GROUP, row < steps * GROUP
+
+
+@triton.jit
+def load_rows(ptr, offsets, present, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """A (BLOCK_M, BLOCK_WIDTH) tile of row vectors with last stride 1; zero outside."""
+    lane = tl.arange(0, BLOCK_WIDTH)
+    mask = present[:, None] & (lane < WIDTH)[None, :]
+    return tl.load(ptr + offsets[:, None] + lane[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_bounds(first_ptr, last_ptr, batch, steps, step, present, kv_offset, n_keys):
+    """First and one-past-last visible column of each row; absent rows see nothing."""
+    offset = batch * steps + step
+    first = tl.load(first_ptr + offset, mask=present, other=0) - kv_offset
+    last = tl.load(last_ptr + offset, mask=present, other=0) - kv_offset
+    first = tl.minimum(tl.maximum(first, 0), n_keys).to(tl.int32)
+    last = tl.minimum(tl.maximum(last, 0), n_keys).to(tl.int32)
+    return tl.where(present, first, n_keys), tl.where(present, last, 0)
+
+
+@triton.jit
+def split_range(first, last, split, n_keys, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Columns [low, high) of the split that some row sees, low rounded down to a tile; empty splits load nothing."""
+    low = tl.maximum(split * SPLIT, tl.min(first, axis=0))
+    high = tl.minimum(tl.minimum((split + 1) * SPLIT, n_keys), tl.max(last, axis=0))
+    return low // BLOCK_N * BLOCK_N, high
+
+
+@triton.jit
+def split_direction(direction, DTYPE: tl.constexpr):
+    """A float32 direction as high + low halves in the values' dtype, scaled to 1, and the scale to undo it.
+
+    The two halves together keep 16 (bfloat16) or 22 (float16) bits; scaling keeps float16 clear of its subnormals.
+    """
+    largest = tl.max(tl.abs(direction), axis=1)
+    scale = tl.where(largest > 0.0, largest, 1.0)
+    direction = direction / scale[:, None]
+    high = direction.to(DTYPE)
+    low = (direction - high.to(tl.float32)).to(DTYPE)
+    return high, low, scale

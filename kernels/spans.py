@@ -1,0 +1,103 @@
+"""Sums over spans of keys, any number of them, in the one pass over the keys.
+
+A span covers whole tiles but for its two ends, so its sum is cut into (span, tile) pairs. The program that holds a tile
+writes the pairs of the spans that reach into it, each relative to the tile's own largest score; `combine_spans` adds a
+span's pairs in the order of its tiles. A pair nobody wrote (its tile is hidden from every row) keeps largest = -inf.
+
+The table of spans is sorted by start, per batch row: `start` and `end` columns, and `pair`, such that pair + tile is the
+index of the pair. The spans that may reach into tile i are numbers low[i] ... high[i] - 1 of the table.
+"""
+
+import triton
+import triton.language as tl
+
+from .rows import row_coordinates
+from .softmax_state import decay
+
+
+@triton.jit
+def write_pair(
+    span,
+    start_ptr,
+    end_ptr,
+    pair_ptr,
+    pair_largest_ptr,
+    pair_mass_ptr,
+    pair_phi_ptr,
+    tile_start,
+    weights,
+    phi,
+    largest,
+    row_offset,
+    pair_stride,
+    BLOCK_N: tl.constexpr,
+):
+    """Sum one span's share of a tile: its weights into mass, its weights times projected values into phi."""
+    begin = tl.load(start_ptr + span)
+    end = tl.load(end_ptr + span)
+    if tl.maximum(begin, tile_start) < tl.minimum(end, tile_start + BLOCK_N):
+        columns = tile_start + tl.arange(0, BLOCK_N)
+        inside = ((columns >= begin) & (columns < end))[None, :]
+        pair = tl.load(pair_ptr + span) + tile_start // BLOCK_N
+        offset = pair * pair_stride + row_offset
+        tl.store(pair_largest_ptr + offset, largest)
+        tl.store(pair_mass_ptr + offset, tl.sum(tl.where(inside, weights, 0.0), axis=1))
+        tl.store(pair_phi_ptr + offset, tl.sum(tl.where(inside, phi, 0.0), axis=1))
+
+
+@triton.jit
+def combine_spans(
+    start_ptr,
+    end_ptr,
+    pair_ptr,
+    pair_largest_ptr,
+    pair_mass_ptr,
+    pair_phi_ptr,
+    largest_ptr,
+    inverse_ptr,
+    mass_ptr,
+    span_ptr,
+    steps,
+    n_spans,
+    kv_heads,
+    GROUP: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Grid (row blocks, S, B * Hkv): add a span's pairs, as attention weights, into mass and span, (B, H, T, S)."""
+    row_block = tl.program_id(0)
+    span = tl.program_id(1)
+    kv = tl.program_id(2).to(tl.int64)
+    batch = kv // kv_heads
+    row = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.num_programs(0) * BLOCK_M
+    entry = batch * n_spans + span
+    begin = tl.load(start_ptr + entry)
+    end = tl.load(end_ptr + entry)
+    pair = tl.load(pair_ptr + entry)
+    mass = tl.zeros([BLOCK_M], tl.float32)
+    phi = tl.zeros([BLOCK_M], tl.float32)
+    if SOFTMAX:
+        largest = tl.load(largest_ptr + kv * rows + row)
+        inverse = tl.load(inverse_ptr + kv * rows + row)
+    for first_tile in range(begin // BLOCK_N, (end + BLOCK_N - 1) // BLOCK_N, BLOCK_T):
+        tile = first_tile + tl.arange(0, BLOCK_T)
+        mask = (tile * BLOCK_N < end)[:, None] & (row >= 0)[None, :]
+        index = (pair + tile.to(tl.int64)) * kv_heads + kv % kv_heads
+        offset = index[:, None] * rows + row[None, :]
+        pair_largest = tl.load(pair_largest_ptr + offset, mask=mask, other=float("-inf"))
+        written = pair_largest != float("-inf")
+        tile_mass = tl.load(pair_mass_ptr + offset, mask=mask & written, other=0.0)
+        tile_phi = tl.load(pair_phi_ptr + offset, mask=mask & written, other=0.0)
+        if SOFTMAX:
+            to_alpha = decay(pair_largest, largest[None, :]) * inverse[None, :]
+            tile_mass *= to_alpha
+            tile_phi *= to_alpha
+        mass += tl.sum(tile_mass, axis=0)
+        phi += tl.sum(tile_phi, axis=0)
+    step, head, present = row_coordinates(row_block, steps, GROUP, BLOCK_M)
+    out = ((kv * GROUP + head) * steps + step) * n_spans + span
+    tl.store(mass_ptr + out, mass, mask=present)
+    tl.store(span_ptr + out, phi, mask=present)

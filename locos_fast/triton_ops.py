@@ -1,0 +1,493 @@
+"""Launches the Triton kernels: chooses the tile, plans the spans, allocates the partial results. No host synchronisation."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from locos_fast.contributions import Contributions, Summary
+from locos_fast.kernels import tiles
+from locos_fast.kernels.attention_contribution import attention_contribution_split
+from locos_fast.kernels.attention_summary import attention_summary_split, span_output
+from locos_fast.kernels.combine import combine_splits
+from locos_fast.kernels.ov_contribution import combine_sums, ov_contribution_split
+from locos_fast.kernels.spans import combine_spans
+from locos_fast.visibility import Visibility, count_span_visible, count_visible
+
+MOST_LOCAL_SPANS = 16  # spans one launch sums per tile; a tile that more spans reach into takes further launches
+COMBINED_AT_ONCE = 16  # partial results a combining program loads together
+
+
+@lru_cache
+def _architecture(device: torch.device) -> str:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "interpreter"
+    amd = torch.version.hip is not None
+    return tiles.architecture(*torch.cuda.get_device_capability(device), amd=amd)
+
+
+class Grid(NamedTuple):
+    """How rows and keys are cut into programs."""
+
+    tile: tiles.Tile
+    block_m: int
+    row_blocks: int
+    splits: int
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, value: Tensor) -> Grid:
+        tile = tiles.select(_architecture(query.device), query.element_size(), key.shape[-1], value.shape[-1])
+        rows = query.shape[1] // key.shape[1] * query.shape[2]
+        block_m = tile.rows(rows)
+        return cls(tile, block_m, -(-rows // block_m), -(-key.shape[2] // tiles.SPLIT))
+
+    @property
+    def rows(self) -> int:
+        return self.row_blocks * self.block_m
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.tile.num_warps, "num_stages": self.tile.num_stages}
+
+
+class SpanPlan(NamedTuple):
+    """The table of spans that `kernels/spans.py` describes, on the device, and how many pairs it needs."""
+
+    low: Tensor  # (B, tiles) int32
+    high: Tensor  # (B, tiles) int32
+    start: Tensor  # (B, S) int32 columns, sorted
+    end: Tensor  # (B, S) int32
+    pair: Tensor  # (B, S) int64
+    unsort: Tensor | None  # (B, S) position of each given span in the table; None if they came sorted
+    pairs: int
+    local: int  # most spans that may reach into one tile
+
+    @classmethod
+    def of(cls, columns: Tensor, batch: int, n_keys: int, block_n: int) -> SpanPlan:
+        """`columns` is (B or 1, S, 2) on any device; the table is computed on the host."""
+        device = columns.device
+        flat = tuple(columns.flatten().tolist())
+        return _span_plan(flat, columns.shape[0], batch, n_keys, block_n, device)
+
+    def passes(self) -> Iterator[tuple[int, int]]:
+        """(pass number, spans per tile in it) of each launch."""
+        per_launch = min(MOST_LOCAL_SPANS, tiles.next_power_of_two(max(self.local, 1)))
+        for number in range(max(1, -(-self.local // per_launch))):
+            yield number, per_launch
+
+    def restore_order(self, sums: Tensor) -> Tensor:
+        """(B, H, T, S) sums in the order the spans were given."""
+        if self.unsort is None:
+            return sums
+        return sums.gather(-1, self.unsort[:, None, None].expand_as(sums))
+
+
+@lru_cache(maxsize=16)
+def _span_plan(
+    flat: tuple[int, ...], batch_rows: int, batch: int, n_keys: int, block_n: int, device: torch.device
+) -> SpanPlan:
+    spans = torch.tensor(flat).view(batch_rows, -1, 2).expand(batch, -1, -1).clamp(0, n_keys)
+    spans = spans * (spans[..., 1:] > spans[..., :1])  # a span with no key present becomes (0, 0)
+    order = spans[..., 0].argsort(dim=-1, stable=True)
+    start, end = (spans[..., side].gather(1, order).contiguous() for side in (0, 1))
+    n_tiles = max(1, -(-n_keys // block_n))
+    tile_start = (torch.arange(n_tiles) * block_n).expand(batch, -1).contiguous()
+    # a span may reach into a tile if it starts before the tile's end and some span up to it ends after the tile's start
+    low = torch.searchsorted(end.cummax(-1).values, tile_start, right=True)
+    high = torch.maximum(low, torch.searchsorted(start, tile_start + block_n))
+    first_tile = start // block_n
+    count = torch.where(end > start, (end + block_n - 1) // block_n - first_tile, 0)
+    offset = count.flatten().cumsum(0).view_as(count) - count
+    unsort = None if torch.equal(order, torch.arange(order.shape[1]).expand_as(order)) else order.argsort(-1)
+    return SpanPlan(
+        low=low.int().to(device),
+        high=high.int().to(device),
+        start=start.int().to(device),
+        end=end.int().to(device),
+        pair=(offset - first_tile).to(device),
+        unsort=None if unsort is None else unsort.to(device),
+        pairs=int(count.sum()),
+        local=int((high - low).max()),
+    )
+
+
+class Partials(NamedTuple):
+    """Partial results of the splits, (B * Hkv, splits, rows), and of the (span, tile) pairs, (pairs, Hkv, rows)."""
+
+    largest: Tensor
+    denominator: Tensor
+    total: Tensor
+    column: Tensor
+    pair_largest: Tensor
+    pair_mass: Tensor
+    pair_phi: Tensor
+
+    @classmethod
+    def allocate(cls, grid: Grid, kv: int, pairs: int, kv_heads: int, device: torch.device) -> Partials:
+        states = torch.empty((3, kv, grid.splits, grid.rows), device=device)
+        column = torch.empty((kv, grid.splits, grid.rows), dtype=torch.int32, device=device)
+        sums = torch.empty((2, pairs, kv_heads, grid.rows), device=device)
+        unwritten = torch.full((pairs, kv_heads, grid.rows), -torch.inf, device=device)
+        return cls(*states, column, unwritten, *sums)
+
+
+class Rows(NamedTuple):
+    """Softmax statistics of every row: what `combine_splits` writes."""
+
+    largest: Tensor  # (B * Hkv, rows) base 2, padding rows included
+    inverse: Tensor  # (B * Hkv, rows)
+    lse: Tensor  # (B, H, T) and so on
+    total_mass: Tensor
+    total: Tensor
+    argmax: Tensor
+
+
+def _combine_splits(
+    partials: tuple[Tensor, Tensor, Tensor, Tensor],
+    query: Tensor,
+    kv_heads: int,
+    kv_offset: int,
+    sinks: Tensor | None,
+    grid: Grid,
+    *,
+    with_total: bool,
+) -> Rows:
+    batch, heads, steps = query.shape[:3]
+    largest, inverse = torch.empty((2, batch * kv_heads, grid.rows), device=query.device)
+    lse, total_mass, total = torch.empty((3, batch, heads, steps), device=query.device)
+    argmax = torch.empty((batch, heads, steps), dtype=torch.int64, device=query.device)
+    combine_splits[grid.row_blocks, batch * kv_heads](
+        *partials,
+        lse if sinks is None else sinks,  # never read without sinks
+        largest,
+        inverse,
+        lse,
+        total_mass,
+        total,
+        argmax,
+        grid.splits,
+        steps,
+        kv_heads,
+        kv_offset,
+        GROUP=heads // kv_heads,
+        SINKS=sinks is not None,
+        TOTAL=with_total,
+        BLOCK_M=grid.block_m,
+        BLOCK_S=COMBINED_AT_ONCE,
+    )
+    return Rows(largest, inverse, lse, total_mass, total, argmax)
+
+
+def _combine_spans(
+    plan: SpanPlan, partials: Partials, rows: Rows | None, like: Tensor, kv_heads: int, grid: Grid
+) -> tuple[Tensor, Tensor]:
+    """mass and span, (B, H, T, S); `rows` is None where the weights are already attention weights."""
+    batch, heads, steps = like.shape[:3]
+    n_spans = plan.start.shape[1]
+    mass, span = torch.empty((2, batch, heads, steps, n_spans), device=like.device)
+    combine_spans[grid.row_blocks, n_spans, batch * kv_heads](
+        plan.start,
+        plan.end,
+        plan.pair,
+        partials.pair_largest,
+        partials.pair_mass,
+        partials.pair_phi,
+        mass if rows is None else rows.largest,  # never read without a softmax
+        mass if rows is None else rows.inverse,
+        mass,
+        span,
+        steps,
+        n_spans,
+        kv_heads,
+        GROUP=heads // kv_heads,
+        SOFTMAX=rows is not None,
+        BLOCK_M=grid.block_m,
+        BLOCK_N=grid.tile.block_n,
+        BLOCK_T=COMBINED_AT_ONCE,
+    )
+    return plan.restore_order(mass), plan.restore_order(span)
+
+
+class Attention(NamedTuple):
+    """The arguments that both attention kernels share."""
+
+    bounds: tuple[Tensor, Tensor, Tensor]  # first, last (B, T) and the holes
+    hole_stride: int
+    holes: bool
+    scale: float
+    softcap: float | None
+
+    @classmethod
+    def of(cls, query: Tensor, visibility: Visibility, scale: float, softcap: float | None) -> Attention:
+        shape = (query.shape[0], query.shape[2])
+        first, last = (bound.expand(shape).contiguous() for bound in (visibility.first, visibility.last))
+        holes = visibility.key_mask
+        if holes is None:
+            return cls((first, last, first), 0, False, scale, softcap)
+        holes = holes.contiguous().view(torch.uint8)
+        return cls((first, last, holes), holes.stride(0), True, scale, softcap)
+
+    @property
+    def scalars(self) -> tuple[float, float]:
+        return self.scale, self.softcap or 0.0
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        return {"SOFTCAP": self.softcap is not None, "HOLES": self.holes}
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Launch on the tensors' own GPU, which under a device map is not always the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _strides(tensor: Tensor) -> tuple[int, int, int]:
+    return tensor.stride(0), tensor.stride(1), tensor.stride(2)
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """The kernels read any strides in place but the last; a transposed head_dim is copied."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def attention_contribution(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    direction: Tensor,
+    spans: Tensor,
+    visibility: Visibility,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Contributions:
+    """`locos_fast.ops.attention_contribution` by `kernels/attention_contribution.py`."""
+    query, key, value, direction = map(_readable, (query, key, value, direction))
+    batch, heads, steps, head_dim = query.shape
+    kv_heads, n_keys, value_dim = value.shape[1:]
+    grid = Grid.of(query, key, value)
+    plan = SpanPlan.of(spans - visibility.kv_offset, batch, n_keys, grid.tile.block_n)
+    attention = Attention.of(query, visibility, scale, softcap)
+    partials = Partials.allocate(grid, batch * kv_heads, plan.pairs, kv_heads, query.device)
+    with _on(query.device):
+        for span_pass, local in plan.passes():
+            attention_contribution_split[grid.row_blocks, batch * kv_heads, grid.splits](
+                query,
+                key,
+                value,
+                direction,
+                *attention.bounds,
+                *plan[:5],
+                *partials,
+                *_strides(query),
+                *_strides(key),
+                *_strides(value),
+                *_strides(direction),
+                attention.hole_stride,
+                *attention.scalars,
+                n_keys,
+                steps,
+                kv_heads,
+                visibility.kv_offset,
+                plan.start.shape[1],
+                plan.low.shape[1],
+                span_pass,
+                GROUP=heads // kv_heads,
+                HEAD_DIM=head_dim,
+                VALUE_DIM=value_dim,
+                HALVES=query.element_size() == 2,
+                LOCAL_SPANS=local,
+                SPLIT=tiles.SPLIT,
+                BLOCK_M=grid.block_m,
+                BLOCK_N=grid.tile.block_n,
+                BLOCK_D=tiles.padded(head_dim),
+                BLOCK_DV=tiles.padded(value_dim),
+                **attention.flags,
+                **grid.options,
+            )
+        rows = _combine_splits(
+            partials[:4], query, kv_heads, visibility.kv_offset, sinks, grid, with_total=True
+        )
+        mass, span = _combine_spans(plan, partials, rows, query, kv_heads, grid)
+    return Contributions(
+        span=span,
+        total=rows.total,
+        mass=mass,
+        total_mass=rows.total_mass,
+        lse=rows.lse,
+        argmax=rows.argmax,
+        visible=count_visible(visibility, batch, n_keys),
+        span_visible=count_span_visible(visibility, spans, batch, n_keys),
+    )
+
+
+def attention_summary(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: Tensor,
+    visibility: Visibility,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Summary:
+    """`locos_fast.ops.attention_summary` by `kernels/attention_summary.py`."""
+    query, key, value = map(_readable, (query, key, value))
+    batch, heads, steps, head_dim = query.shape
+    kv_heads, n_keys, value_dim = value.shape[1:]
+    n_spans = spans.shape[1]
+    grid = Grid.of(query, key, key)
+    attention = Attention.of(query, visibility, scale, softcap)
+    columns = (spans - visibility.kv_offset).expand(batch, -1, -1).clamp(0, n_keys).int()
+    start, end = columns[..., 0].contiguous(), columns[..., 1].contiguous()
+    states = torch.empty((2, batch * kv_heads, grid.splits, grid.rows), device=query.device)
+    column = torch.empty((batch * kv_heads, grid.splits, grid.rows), dtype=torch.int32, device=query.device)
+    shape = {"GROUP": heads // kv_heads, "HEAD_DIM": head_dim, "BLOCK_D": tiles.padded(head_dim)}
+    with _on(query.device):
+        attention_summary_split[grid.row_blocks, batch * kv_heads, grid.splits](
+            query,
+            key,
+            *attention.bounds,
+            *states,
+            column,
+            *_strides(query),
+            *_strides(key),
+            attention.hole_stride,
+            *attention.scalars,
+            n_keys,
+            steps,
+            kv_heads,
+            visibility.kv_offset,
+            SPLIT=tiles.SPLIT,
+            BLOCK_M=grid.block_m,
+            BLOCK_N=grid.tile.block_n,
+            **shape,
+            **attention.flags,
+            **grid.options,
+        )
+        rows = _combine_splits(
+            (states[0], states[1], states[1], column),
+            query,
+            kv_heads,
+            visibility.kv_offset,
+            sinks,
+            grid,
+            with_total=False,
+        )
+        mass = torch.empty((batch, heads, steps, n_spans), device=query.device)
+        output = torch.empty((batch, heads, steps, n_spans, value_dim), device=query.device)
+        block_m = 16  # a (rows x head_dim) accumulator is only affordable for few rows
+        tile = tiles.select(_architecture(query.device), query.element_size(), head_dim, value_dim)
+        span_output[-(-(heads // kv_heads * steps) // block_m), batch * kv_heads, n_spans](
+            query,
+            key,
+            value,
+            *attention.bounds,
+            start,
+            end,
+            rows.largest,
+            rows.inverse,
+            mass,
+            output,
+            *_strides(query),
+            *_strides(key),
+            *_strides(value),
+            attention.hole_stride,
+            *attention.scalars,
+            n_keys,
+            steps,
+            kv_heads,
+            visibility.kv_offset,
+            n_spans,
+            grid.rows,
+            VALUE_DIM=value_dim,
+            HALVES=query.element_size() == 2,
+            BLOCK_M=block_m,
+            BLOCK_N=tile.block_n,
+            BLOCK_DV=tiles.padded(value_dim),
+            **shape,
+            **attention.flags,
+            num_warps=tile.num_warps,
+            num_stages=1,
+        )
+    return Summary(
+        span_output=output,
+        mass=mass,
+        total_mass=rows.total_mass,
+        lse=rows.lse,
+        argmax=rows.argmax,
+        visible=count_visible(visibility, batch, n_keys),
+        span_visible=count_span_visible(visibility, spans, batch, n_keys),
+    )
+
+
+def ov_contribution(
+    attn: Tensor, value: Tensor, direction: Tensor, spans: Tensor, *, visible: Tensor | None = None
+) -> Contributions:
+    """`locos_fast.ops.ov_contribution` by `kernels/ov_contribution.py`."""
+    attn, value, direction = map(_readable, (attn, value, direction))
+    batch, heads, steps, n_keys = attn.shape
+    kv_heads, value_dim = value.shape[1], value.shape[3]
+    grid = Grid.of(attn, value, value)
+    plan = SpanPlan.of(spans, batch, n_keys, grid.tile.block_n)
+    partials = Partials.allocate(grid, batch * kv_heads, plan.pairs, kv_heads, attn.device)
+    total_mass, total = torch.empty((2, batch, heads, steps), device=attn.device)
+    argmax = torch.empty((batch, heads, steps), dtype=torch.int64, device=attn.device)
+    with _on(attn.device):
+        for span_pass, local in plan.passes():
+            ov_contribution_split[grid.row_blocks, batch * kv_heads, grid.splits](
+                attn,
+                value,
+                direction,
+                *plan[:5],
+                *partials,
+                *_strides(attn),
+                *_strides(value),
+                *_strides(direction),
+                n_keys,
+                steps,
+                kv_heads,
+                plan.start.shape[1],
+                plan.low.shape[1],
+                span_pass,
+                GROUP=heads // kv_heads,
+                VALUE_DIM=value_dim,
+                HALVES=value.element_size() == 2,
+                LOCAL_SPANS=local,
+                SPLIT=tiles.SPLIT,
+                BLOCK_M=grid.block_m,
+                BLOCK_N=grid.tile.block_n,
+                BLOCK_DV=tiles.padded(value_dim),
+                **grid.options,
+            )
+        combine_sums[grid.row_blocks, batch * kv_heads](
+            *partials[:4],
+            total_mass,
+            total,
+            argmax,
+            grid.splits,
+            steps,
+            GROUP=heads // kv_heads,
+            BLOCK_M=grid.block_m,
+            BLOCK_S=COMBINED_AT_ONCE,
+        )
+        mass, span = _combine_spans(plan, partials, None, attn, kv_heads, grid)
+    everything = Visibility(spans.new_zeros(steps), spans.new_full((steps,), n_keys))
+    return Contributions(
+        span=span,
+        total=total,
+        mass=mass,
+        total_mass=total_mass,
+        lse=None,
+        argmax=argmax,
+        visible=spans.new_full((batch, steps), n_keys) if visible is None else visible,
+        span_visible=count_span_visible(everything, spans, batch, n_keys),
+    )
