@@ -1,0 +1,76 @@
+# Needs git, make and Python >= 3.11. The first target to run creates .venv, with PyTorch and everything else in it.
+# `make help` lists the targets.
+
+PYTHON ?= python3
+TRITON ?= 3.6.0
+ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+AOT_VENV := .venv-triton-$(TRITON)
+AOT_READY := $(AOT_VENV)/.ready
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test test-all unit-tests interpreter-tests check bench aot clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
+	    printf '  make %-10s %s\n' "$$name" "$$text"; done
+
+demo: $(READY) ## find planted retrieval heads on this machine; ARGS="..." are passed on
+	$(BIN)/locos-fast demo $(ARGS)
+
+test: ## all tests but gpu and slow ones; PYTEST_ARGS="-k name" to choose
+test-all: ## the same and the slow ones; gpu tests too where there is a GPU
+test: MARKERS = not gpu and not slow
+test test-all: unit-tests interpreter-tests
+
+# With PYTEST_ARGS, a run in which nothing was selected (status 5) is no failure: the choice may lie in the other run.
+NOTHING_CHOSEN = $(if $(PYTEST_ARGS),|| test $$? -eq 5)
+
+unit-tests: $(READY)
+	$(BIN)/python -m pytest -m "$(MARKERS)" $(PYTEST_ARGS) $(NOTHING_CHOSEN)
+
+# Triton decides at import whether kernels are interpreted, hence a process of its own. No Triton outside Linux.
+interpreter-tests: $(READY)
+ifeq ($(shell uname),Linux)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter -m "$(MARKERS)" $(PYTEST_ARGS) $(NOTHING_CHOSEN)
+endif
+
+check: $(READY) ## style and types: ruff, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY) ## benchmarks: ARGS="..." are passed on
+	$(BIN)/python -m benchmarks $(ARGS)
+
+aot: $(AOT_READY) ## compile the kernels ahead of time, no GPU needed; TRITON=3.6.0 chooses the version
+	$(AOT_VENV)/bin/python tests/aot_gate.py
+
+clean: ## remove what was built and cached; the environments (.venv*) stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find kernels locos_fast benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
+
+# $(call create_venv,FOLDER): once, with a Python that is new enough
+define create_venv
+@test -x $(1)/bin/pip || { \
+    $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+    { echo "locos_fast needs Python 3.11 or newer, $(PYTHON) is not: try make PYTHON=python3.12" >&2; exit 1; }; \
+    echo "Creating $(1); installing what it needs takes some minutes."; \
+    $(PYTHON) -m venv $(1); }
+endef
+
+$(READY): setup.py pyproject.toml .ci/install-torch
+	$(call create_venv,.venv)
+	@.ci/install-torch $(BIN)/python
+	@$(BIN)/python $(PIP_INSTALL) -e '.[dev]'
+	@touch $@
+
+$(AOT_READY):
+	$(call create_venv,$(AOT_VENV))
+	@$(AOT_VENV)/bin/python $(PIP_INSTALL) triton==$(TRITON)
+	@touch $@

@@ -1,0 +1,64 @@
+"""From target tokens to directions: d_y in the residual stream, w = W_O^T d_y in each head's output space.
+
+norm="none", the score as published (LOCOS, arXiv 2607.01002): d_y is the raw row of the unembedding, no norm is folded in.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from locos_fast.architecture import UnsupportedModelError, unembedding
+
+BLOCK = 1024  # rows of a projection's weight that are held in float32 at a time
+
+
+def token_directions(model: nn.Module, token_ids: Tensor) -> Tensor:
+    """d_y: the unembedding row of each token, (T, hidden) float32 (float64 for float64 models)."""
+    module = unembedding(model)
+    weight = getattr(module, "weight", None)
+    if weight is None or not weight.is_floating_point():
+        raise UnsupportedModelError(f"{type(module).__name__} keeps no floating-point unembedding rows to read")
+    rows = weight[token_ids.to(weight.device)].detach()
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+@torch.no_grad()
+def pull_back(projection: nn.Module, direction: Tensor) -> Tensor:
+    """W^T d for the linear map of `projection` (its bias belongs to no head): (T, hidden) -> (T, heads * Dv).
+
+    Linear and Conv1D weights are read in blocks, without a float32 copy; any other module (quantised, adapted) is pushed
+    through with basis vectors, which needs nothing but its forward.
+    """
+    if type(projection) is nn.Linear and projection.weight.is_floating_point():
+        return _product(direction, projection.weight)
+    if type(projection) is Conv1D:
+        return _product(direction, projection.weight.mT)
+    return _push_basis(projection, direction)
+
+
+def _product(direction: Tensor, weight: Tensor) -> Tensor:
+    """direction @ weight in the direction's dtype; weight is (hidden, heads * Dv) in any floating dtype."""
+    direction = direction.to(weight.device)
+    if weight.dtype == direction.dtype:
+        return direction @ weight
+    result = direction.new_zeros((direction.shape[0], weight.shape[1]))
+    for start in range(0, weight.shape[0], BLOCK):
+        block = slice(start, start + BLOCK)
+        result += direction[:, block] @ weight[block].to(direction.dtype)
+    return result
+
+
+def _push_basis(projection: nn.Module, direction: Tensor) -> Tensor:
+    reference = next(p for p in projection.parameters() if p.is_floating_point())
+    width = int(getattr(projection, "in_features", 0))
+    if width == 0:
+        raise UnsupportedModelError(f"cannot tell the input width of output projection {type(projection).__name__}")
+    dtype, device = reference.dtype, reference.device
+    bias = projection(torch.zeros((1, width), dtype=dtype, device=device)).to(direction.dtype)
+    columns = []
+    for start in range(0, width, BLOCK):
+        basis = torch.eye(width, dtype=dtype, device=device)[start : start + BLOCK]
+        columns.append(direction.to(device) @ (projection(basis).to(direction.dtype) - bias).mT)
+    return torch.cat(columns, dim=-1)

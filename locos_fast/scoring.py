@@ -1,0 +1,234 @@
+"""Scoring: one teacher-forced forward pass, one recording, every detector.
+
+    L+ = sum over the needle of phi        L- = n / (K - n) * sum over the other visible keys of phi        S = L+ - L-
+
+with phi[t, j, h] = alpha[t, j, h] * (w[t, h] . v[j, h // G]), n needle keys and K keys in all visible to row t (LOCOS,
+arXiv 2607.01002). The sum over all keys is w . head output, so the recording needs values only inside the needle.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+
+from locos_fast._version import __version__
+from locos_fast.architecture import attention_layers, layer_count
+from locos_fast.directions import pull_back, token_directions
+from locos_fast.head_scores import ARRAYS, HeadScores
+from locos_fast.recording import LayerRecord, Recording, record
+from locos_fast.trials import Trial
+
+Span = tuple[int, int]
+
+
+class Tokenizer(Protocol):
+    """What scoring needs of a tokenizer."""
+
+    def decode(self, token_ids: Any, **kwargs: Any) -> Any: ...
+
+
+def score_tokens(
+    model: nn.Module,
+    input_ids: Tensor,
+    needle_span: Span | Sequence[Span],
+    answer_positions: Sequence[int],
+    *,
+    norm: str = "none",
+    backend: str = "auto",
+    verify: bool = False,
+) -> HeadScores:
+    """Score every head on one prompt: LOCOS, DLA, attention-spatial and Wu's copy score from one forward pass.
+
+    input_ids: (1, N) int64, the prompt followed by the answer (teacher forcing).
+    needle_span: (start, end) token indices, half-open, or several of them, scored as their union.
+    answer_positions: indices in `input_ids` of the answer tokens to score; row p - 1 predicts token p.
+    norm: "none", the score as published: raw unembedding rows, no final norm.
+    backend: see `locos_fast.ops`. verify: check the recording against the head outputs, see `record`.
+
+    Scores are means over the answer rows that see at least one needle key (DLA: over all rows; Wu: a sum); a layer in
+    which no row does is NaN in score, l_plus, l_minus and attention_spatial.
+    Raises ValueError for arguments that do not fit and UnsupportedModelError for models that cannot be recorded.
+    """
+    if norm != "none":
+        raise ValueError(f"norm: expected 'none', got {norm!r}")
+    spans = _union(needle_span)
+    _check(input_ids, spans, answer_positions)
+    rows = [position - 1 for position in answer_positions]
+    fed = input_ids[:, : max(rows) + 1]  # a causal model's answer rows do not depend on anything later
+    with torch.inference_mode(), record(model, rows, spans, backend=backend, verify=verify) as recording:
+        logits = _answer_logits(model, fed, rows)
+    answer_ids = input_ids[0, list(answer_positions)]
+    with torch.inference_mode():
+        arrays = _score_layers(model, recording, input_ids, spans, answer_ids)
+    meta = {
+        **describe_model(model),
+        "norm": norm,
+        "needle_spans": [list(span) for span in spans],
+        "answer_positions": list(map(int, answer_positions)),
+        "answer_ids": answer_ids.tolist(),
+        "predicted_ids": logits.argmax(-1).tolist(),
+        "tokens": int(input_ids.shape[1]),
+    }
+    return HeadScores(**arrays, meta=meta)
+
+
+class LocosScorer:
+    """Scores trials on one model: `LocosScorer(model, tokenizer).score(trial)`."""
+
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer, *, norm: str = "none", backend: str = "auto") -> None:
+        self.model, self.tokenizer, self.norm, self.backend = model, tokenizer, norm, backend
+
+    def score(self, trial: Trial) -> HeadScores:
+        """`score_tokens` of the trial's prompt and answer; `meta` says how the answer was tokenised."""
+        device = self.model.get_input_embeddings().weight.device
+        scores = score_tokens(
+            self.model,
+            trial.input_ids.to(device),
+            trial.needle_span,
+            trial.answer_positions,
+            norm=self.norm,
+            backend=self.backend,
+        )
+        scores.meta["trial"] = trial.id
+        scores.meta["answer_tokens"] = [self.tokenizer.decode([token]) for token in trial.answer_ids]
+        return scores
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """Model, dtype, attention implementation and library versions, for the `meta` of scores."""
+    parameter = next(model.parameters())
+    return {
+        "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
+        "model_class": type(model).__name__,
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "device": str(parameter.device),
+        "attn_implementation": model.config.get_text_config(decoder=True)._attn_implementation,
+        "versions": {
+            "locos_fast": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _answer_logits(model: nn.Module, input_ids: Tensor, rows: list[int]) -> Tensor:
+    """One forward pass without a KV cache; logits of the answer rows only, (T, vocabulary)."""
+    wanted = torch.tensor(rows, device=input_ids.device)
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        return model(input_ids, use_cache=False, logits_to_keep=wanted).logits[0]
+    return model(input_ids, use_cache=False).logits[0, wanted]
+
+
+class RowScores(NamedTuple):
+    """Per answer row and head, (T, H)."""
+
+    l_plus: Tensor
+    l_minus: Tensor
+    dla: Tensor
+    attention_spatial: Tensor
+    wu: Tensor
+    sees_needle: Tensor  # (T,) bool
+
+
+def _score_layers(
+    model: nn.Module, recording: Recording, input_ids: Tensor, spans: list[Span], answer_ids: Tensor
+) -> dict[str, np.ndarray]:
+    target = token_directions(model, answer_ids)
+    layers = attention_layers(model)
+    heads = max(recording[layer.index].output.shape[2] for layer in layers)
+    arrays = {name: np.full((layer_count(model), heads), np.nan) for name in ARRAYS}
+    for layer in layers:
+        kept = recording[layer.index]
+        steps, n_heads, value_dim = kept.output.shape[1:]
+        w = pull_back(layer.projection, target).view(steps, n_heads, value_dim)
+        values = _mean_over_rows(_row_scores(kept, w, input_ids[0], spans, answer_ids))
+        for name, value in values.items():
+            arrays[name][layer.index, :n_heads] = value.double().cpu().numpy()
+    return arrays
+
+
+def _row_scores(kept: LayerRecord, w: Tensor, ids: Tensor, spans: list[Span], answer_ids: Tensor) -> RowScores:
+    w = w.to(kept.output.device)  # (T, H, Dv)
+    dla = (kept.output[0].to(w.dtype) * w).sum(-1)  # (T, H)
+    l_plus = torch.einsum("htsd,thd->th", kept.span_output[0].to(w.dtype), w)
+    mass, total_mass = kept.mass[0].sum(-1).mT, kept.total_mass[0].mT  # (T, H)
+    needle, visible = kept.span_visible[0].sum(-1), kept.visible[0]  # (T,)
+    others = visible - needle
+    scale = torch.where(others > 0, needle / others.clamp(min=1), 0.0).to(w.dtype)[:, None]
+    slot = kept.argmax[0].mT  # (T, H)
+    in_needle = torch.stack([(slot >= start) & (slot < end) for start, end in spans]).any(0)
+    ids, answer_ids = ids.to(slot.device), answer_ids.to(slot.device)
+    copies = in_needle & (ids[slot.clamp(min=0)] == answer_ids[:, None])
+    return RowScores(
+        l_plus=l_plus,
+        l_minus=scale * (dla - l_plus),
+        dla=dla,
+        attention_spatial=mass - scale * (total_mass - mass),
+        wu=copies / sum(end - start for start, end in spans),
+        sees_needle=needle > 0,
+    )
+
+
+def _mean_over_rows(rows: RowScores) -> dict[str, Tensor]:
+    seeing = rows.sees_needle
+    nothing = torch.full_like(rows.dla[0], torch.nan)
+
+    def mean(x: Tensor) -> Tensor:
+        return x[seeing].mean(0) if bool(seeing.any()) else nothing
+
+    l_plus, l_minus = mean(rows.l_plus), mean(rows.l_minus)
+    return {
+        "score": l_plus - l_minus,
+        "l_plus": l_plus,
+        "l_minus": l_minus,
+        "dla": rows.dla.mean(0),
+        "attention_spatial": mean(rows.attention_spatial),
+        "wu": rows.wu.sum(0),
+    }
+
+
+def _union(needle_span: Span | Sequence[Span]) -> list[Span]:
+    """Disjoint spans, sorted, that cover what the given ones cover."""
+    spans: list[Any] = [needle_span] if _is_pair(needle_span) else list(needle_span)
+    if not spans or not all(_is_pair(span) for span in spans):
+        raise ValueError(f"needle_span: expected (start, end) or several of them, got {needle_span!r}")
+    merged: list[Span] = []
+    for start, end in sorted((int(start), int(end)) for start, end in spans):
+        if not 0 <= start < end:
+            raise ValueError(f"needle_span: expected 0 <= start < end, got ({start}, {end})")
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _is_pair(span: Any) -> bool:
+    return isinstance(span, Sequence) and len(span) == 2 and all(hasattr(x, "__index__") for x in span)
+
+
+def _check(input_ids: Tensor, spans: list[Span], answer_positions: Sequence[int]) -> None:
+    if input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.dtype != torch.int64:
+        shape = tuple(input_ids.shape)
+        raise ValueError(f"input_ids: expected (1, N) int64, got {shape} {input_ids.dtype}")
+    tokens = input_ids.shape[1]
+    if len(answer_positions) == 0:
+        raise ValueError("answer_positions: expected at least one position, got none")
+    if len(set(answer_positions)) != len(answer_positions):
+        raise ValueError(f"answer_positions: expected each position once, got {list(answer_positions)}")
+    for position in answer_positions:
+        if not 1 <= position < tokens:
+            raise ValueError(
+                f"answer_positions: expected positions in 1..{tokens - 1} (no row predicts token 0), got {position}"
+            )
+    for start, end in spans:
+        if end > tokens:
+            raise ValueError(f"needle_span: expected a span inside the {tokens} tokens, got ({start}, {end})")
+        if any(start <= position < end for position in answer_positions):
+            raise ValueError(f"needle_span: expected a span clear of the answer, got ({start}, {end})")
