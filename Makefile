@@ -21,7 +21,7 @@ help: ## this list
 	    printf '  make %-10s %s\n' "$$name" "$$text"; done
 
 demo: $(READY) ## find planted retrieval heads on this machine; ARGS="..." are passed on
-	$(BIN)/locos-fast demo $(ARGS)
+	$(BIN)/locos-fast demo --out demo --overwrite $(ARGS)
 
 test: ## all tests but gpu and slow ones; PYTEST_ARGS="-k name" to choose
 test-all: ## the same and the slow ones; gpu tests too where there is a GPU

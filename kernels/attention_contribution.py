@@ -2,18 +2,19 @@
 
     phi[r, j] = softmax_j(scale * q[r] . k[j]) * (w[r] . v[j]),   summed over all keys and over spans of keys
 
-Two dot products per tile (scores and w . v) and scalars per row: there is no (rows x head_dim) accumulator, no head output
-and no attention row. Each program takes one split of the keys of one key/value head for all its rows, leaves one state per
-row (`softmax_state`), and the pairs of the spans it meets (`spans`); `combine_splits` and `combine_spans` finish.
+Two dot products per tile (scores and w . v) and scalars per row: there is no (rows x head_dim) accumulator, no head
+output and no attention row. Each program takes one split of the keys of one key/value head for all its rows, leaves one
+state per row (`softmax_state`), and the pairs of the spans it meets (`spans`); `combine_splits` and `combine_spans`
+finish.
 
-Reads keys and values once: 2 * N * Hkv * D elements. Work per key and row: 2 D + 4 Dv multiply-adds (the direction is split
-into two halves), one exp2.
+Reads keys and values once: 2 * N * Hkv * D elements. Work per key and row: 2 D + 4 Dv multiply-adds (the direction is
+split into two halves), one exp2.
 """
 
 import triton
 import triton.language as tl
 
-from .keys import load_tile, project, scores_base2, visible_keys
+from .keys import load_tile, product, scores_base2, visible_keys
 from .rows import load_bounds, load_rows, row_coordinates, split_direction, split_range
 from .softmax_state import NO_COLUMN, merge, tile_softmax
 from .spans import write_pair
@@ -74,6 +75,8 @@ def attention_contribution_split(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    LANES_D: tl.constexpr,
+    LANES_DV: tl.constexpr,
 ):
     """Grid (row blocks, B * Hkv, splits)."""
     row_block = tl.program_id(0)
@@ -86,14 +89,13 @@ def attention_contribution_split(
     low, high = split_range(first, last, split, n_keys, SPLIT, BLOCK_N)
 
     query_ptr += batch * query_stride_b
-    query = load_rows(query_ptr, q_head * query_stride_h + step * query_stride_t, present, HEAD_DIM, BLOCK_D)
+    q_offsets = q_head * query_stride_h + step * query_stride_t
+    query = load_rows(query_ptr, q_offsets, present, 0, HEAD_DIM, LANES_D)
     direction_ptr += batch * direction_stride_b
     w_offsets = q_head * direction_stride_h + step * direction_stride_t
-    w_high = load_rows(direction_ptr, w_offsets, present, VALUE_DIM, BLOCK_DV)
-    w_low = w_high
-    w_scale = tl.full([BLOCK_M], 1.0, tl.float32)
+    w = load_rows(direction_ptr, w_offsets, present, 0, VALUE_DIM, LANES_DV)
     if HALVES:
-        w_high, w_low, w_scale = split_direction(w_high, value_ptr.dtype.element_ty)
+        w_high, w_low, w_scale = split_direction(w, value_ptr.dtype.element_ty)
     key_ptr += batch * key_stride_b + kv_head * key_stride_h
     value_ptr += batch * value_stride_b + kv_head * value_stride_h
     hole_ptr += batch * hole_stride_b
@@ -117,11 +119,39 @@ def attention_contribution_split(
     for start in range(low, high, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         seen = visible_keys(columns, first, last, hole_ptr, n_keys, HOLES)
-        keys = load_tile(key_ptr, columns, key_stride_n, n_keys, HEAD_DIM, BLOCK_D)
-        scores = scores_base2(query, keys, seen, scale, softcap, SOFTCAP)
+        products = product(
+            query,
+            query_ptr,
+            q_offsets,
+            present,
+            key_ptr,
+            columns,
+            key_stride_n,
+            n_keys,
+            HEAD_DIM,
+            BLOCK_D,
+            LANES_D,
+        )
+        scores = scores_base2(products, seen, scale, softcap, SOFTCAP)
         tile_m, tile_column, weights = tile_softmax(scores, start)
-        values = load_tile(value_ptr, columns, value_stride_n, n_keys, VALUE_DIM, BLOCK_DV)
-        phi = weights * project(w_high, w_low, values, HALVES) * w_scale[:, None]
+        if HALVES:
+            values = tl.trans(load_tile(value_ptr, columns, value_stride_n, n_keys, 0, VALUE_DIM, BLOCK_DV))
+            projected = tl.dot(w_high, values) + tl.dot(w_low, values)
+            phi = weights * projected * w_scale[:, None]
+        else:
+            phi = weights * product(
+                w,
+                direction_ptr,
+                w_offsets,
+                present,
+                value_ptr,
+                columns,
+                value_stride_n,
+                n_keys,
+                VALUE_DIM,
+                BLOCK_DV,
+                LANES_DV,
+            )
         m, denominator, total, column = merge(
             m, denominator, total, column, tile_m, tl.sum(weights, axis=1), tl.sum(phi, axis=1), tile_column
         )

@@ -9,7 +9,7 @@ N * Hkv * D elements in the first kernel, a few tiles in the second.
 import triton
 import triton.language as tl
 
-from .keys import load_tile, scores_base2, visible_keys
+from .keys import load_tile, product, scores_base2, visible_keys
 from .rows import load_bounds, load_rows, row_coordinates, split_range
 from .softmax_state import NO_COLUMN, decay, merge, tile_softmax
 
@@ -47,6 +47,7 @@ def attention_summary_split(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    LANES_D: tl.constexpr,
 ):
     """Grid (row blocks, B * Hkv, splits): the state of every row on one split of the keys."""
     row_block = tl.program_id(0)
@@ -58,7 +59,8 @@ def attention_summary_split(
     first, last = load_bounds(first_ptr, last_ptr, batch, steps, step, present, kv_offset, n_keys)
     low, high = split_range(first, last, split, n_keys, SPLIT, BLOCK_N)
     query_ptr += batch * query_stride_b
-    query = load_rows(query_ptr, q_head * query_stride_h + step * query_stride_t, present, HEAD_DIM, BLOCK_D)
+    q_offsets = q_head * query_stride_h + step * query_stride_t
+    query = load_rows(query_ptr, q_offsets, present, 0, HEAD_DIM, LANES_D)
     key_ptr += batch * key_stride_b + kv_head * key_stride_h
     hole_ptr += batch * hole_stride_b
 
@@ -68,8 +70,20 @@ def attention_summary_split(
     for start in range(low, high, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         seen = visible_keys(columns, first, last, hole_ptr, n_keys, HOLES)
-        keys = load_tile(key_ptr, columns, key_stride_n, n_keys, HEAD_DIM, BLOCK_D)
-        scores = scores_base2(query, keys, seen, scale, softcap, SOFTCAP)
+        products = product(
+            query,
+            query_ptr,
+            q_offsets,
+            present,
+            key_ptr,
+            columns,
+            key_stride_n,
+            n_keys,
+            HEAD_DIM,
+            BLOCK_D,
+            LANES_D,
+        )
+        scores = scores_base2(products, seen, scale, softcap, SOFTCAP)
         tile_m, tile_column, weights = tile_softmax(scores, start)
         tile_sum = tl.sum(weights, axis=1)
         m, denominator, _, column = merge(m, denominator, 0.0, column, tile_m, tile_sum, 0.0, tile_column)
@@ -122,12 +136,18 @@ def span_output(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    LANES_D: tl.constexpr,
+    LANES_DV: tl.constexpr,
 ):
-    """Grid (row blocks, B * Hkv, S): mass (B, H, T, S) and output (B, H, T, S, Dv) of one span."""
+    """Grid (row blocks, B * Hkv, S * value chunks): mass (B, H, T, S) and output (B, H, T, S, Dv) of one span.
+
+    A program accumulates LANES_DV lanes of the output; wide values are cut into chunks, and each chunk's program
+    computes the scores of the span's few keys again.
+    """
     row_block = tl.program_id(0)
     kv = tl.program_id(1).to(tl.int64)
-    span = tl.program_id(2)
+    span = tl.program_id(2) % n_spans
+    first_lane = tl.program_id(2) // n_spans * LANES_DV
     batch, kv_head = kv // kv_heads, kv % kv_heads
     step, head, present = row_coordinates(row_block, steps, GROUP, BLOCK_M)
     q_head = kv_head * GROUP + head.to(tl.int64)
@@ -136,7 +156,8 @@ def span_output(
     last = tl.minimum(last, tl.load(end_ptr + batch * n_spans + span))
     low, high = tl.min(first, axis=0), tl.max(last, axis=0)
     query_ptr += batch * query_stride_b
-    query = load_rows(query_ptr, q_head * query_stride_h + step * query_stride_t, present, HEAD_DIM, BLOCK_D)
+    q_offsets = q_head * query_stride_h + step * query_stride_t
+    query = load_rows(query_ptr, q_offsets, present, 0, HEAD_DIM, LANES_D)
     key_ptr += batch * key_stride_b + kv_head * key_stride_h
     value_ptr += batch * value_stride_b + kv_head * value_stride_h
     hole_ptr += batch * hole_stride_b
@@ -145,15 +166,27 @@ def span_output(
     inverse = tl.load(inverse_ptr + row, mask=present, other=0.0)
 
     mass = tl.zeros([BLOCK_M], tl.float32)
-    output = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    output = tl.zeros([BLOCK_M, LANES_DV], tl.float32)
     for start in range(low, high, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         seen = visible_keys(columns, first, last, hole_ptr, n_keys, HOLES)
-        keys = load_tile(key_ptr, columns, key_stride_n, n_keys, HEAD_DIM, BLOCK_D)
-        scores = scores_base2(query, keys, seen, scale, softcap, SOFTCAP)
+        products = product(
+            query,
+            query_ptr,
+            q_offsets,
+            present,
+            key_ptr,
+            columns,
+            key_stride_n,
+            n_keys,
+            HEAD_DIM,
+            BLOCK_D,
+            LANES_D,
+        )
+        scores = scores_base2(products, seen, scale, softcap, SOFTCAP)
         weights = decay(scores, largest[:, None]) * WEIGHT_SCALE
         mass += tl.sum(weights, axis=1)
-        values = load_tile(value_ptr, columns, value_stride_n, n_keys, VALUE_DIM, BLOCK_DV)
+        values = load_tile(value_ptr, columns, value_stride_n, n_keys, first_lane, VALUE_DIM, LANES_DV)
         weights_high = weights.to(values.dtype)
         output = tl.dot(weights_high, values, output, input_precision="ieee")
         if HALVES:
@@ -161,7 +194,7 @@ def span_output(
             output = tl.dot(weights_low, values, output, input_precision="ieee")
 
     to_alpha = inverse / WEIGHT_SCALE
-    lane = tl.arange(0, BLOCK_DV)
+    lane = first_lane + tl.arange(0, LANES_DV)
     out = ((batch * kv_heads * GROUP + q_head) * steps + step) * n_spans + span
     tl.store(mass_ptr + out, mass * to_alpha, mask=present)
     output_mask = present[:, None] & (lane < VALUE_DIM)[None, :]

@@ -54,9 +54,7 @@ def combine_splits(
             total_s = tl.load(split_total_ptr + offset, mask=mask, other=0.0)
         column_s = tl.load(split_column_ptr + offset, mask=mask, other=NO_COLUMN)
         block = tl.reduce((m_s, denominator_s, total_s, column_s), 0, merge)
-        m, denominator, total, column = merge(
-            m, denominator, total, column, block[0], block[1], block[2], block[3]
-        )
+        m, denominator, total, column = merge(m, denominator, total, column, block[0], block[1], block[2], block[3])
 
     largest = m
     whole = denominator

@@ -7,7 +7,7 @@ No head output, no per-position map, no repeated V. Plain sums, so splits combin
 import triton
 import triton.language as tl
 
-from .keys import load_tile, project
+from .keys import load_tile, product
 from .rows import load_rows, row_coordinates, split_direction
 from .softmax_state import NO_COLUMN
 from .spans import write_pair
@@ -60,6 +60,7 @@ def ov_contribution_split(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    LANES_DV: tl.constexpr,
 ):
     """Grid (row blocks, B * Hkv, splits)."""
     row_block = tl.program_id(0)
@@ -73,12 +74,10 @@ def ov_contribution_split(
 
     direction_ptr += batch * direction_stride_b
     w_offsets = q_head * direction_stride_h + step * direction_stride_t
-    w_high = load_rows(direction_ptr, w_offsets, present, VALUE_DIM, BLOCK_DV)
-    w_low = w_high
-    w_scale = tl.full([BLOCK_M], 1.0, tl.float32)
+    w = load_rows(direction_ptr, w_offsets, present, 0, VALUE_DIM, LANES_DV)
     value_ptr += batch * value_stride_b + kv_head * value_stride_h
     if HALVES:
-        w_high, w_low, w_scale = split_direction(w_high, value_ptr.dtype.element_ty)
+        w_high, w_low, w_scale = split_direction(w, value_ptr.dtype.element_ty)
     attn_rows = attn_ptr + batch * attn_stride_b + q_head * attn_stride_h + step * attn_stride_t
 
     low_ptr += batch * n_tiles
@@ -99,8 +98,24 @@ def ov_contribution_split(
         columns = start + tl.arange(0, BLOCK_N)
         attn_mask = present[:, None] & (columns < n_keys)[None, :]
         weights = tl.load(attn_rows[:, None] + columns[None, :], mask=attn_mask, other=0.0).to(tl.float32)
-        values = load_tile(value_ptr, columns, value_stride_n, n_keys, VALUE_DIM, BLOCK_DV)
-        phi = weights * project(w_high, w_low, values, HALVES) * w_scale[:, None]
+        if HALVES:
+            values = tl.trans(load_tile(value_ptr, columns, value_stride_n, n_keys, 0, VALUE_DIM, BLOCK_DV))
+            projected = tl.dot(w_high, values) + tl.dot(w_low, values)
+            phi = weights * projected * w_scale[:, None]
+        else:
+            phi = weights * product(
+                w,
+                direction_ptr,
+                w_offsets,
+                present,
+                value_ptr,
+                columns,
+                value_stride_n,
+                n_keys,
+                VALUE_DIM,
+                BLOCK_DV,
+                LANES_DV,
+            )
         mass += tl.sum(weights, axis=1)
         total += tl.sum(phi, axis=1)
         tile_largest, index = tl.max(weights, axis=1, return_indices=True)

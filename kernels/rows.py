@@ -1,4 +1,5 @@
-"""The rows of a program: the query heads of one key/value head x the answer steps, so that keys and values are read once.
+"""The rows of a program: the query heads of one key/value head x the answer steps, so that keys and values are read
+once.
 
 Row r is answer step r // GROUP of query head r % GROUP in the group.
 """
@@ -15,9 +16,9 @@ def row_coordinates(row_block, steps, GROUP: tl.constexpr, BLOCK_M: tl.constexpr
 
 
 @triton.jit
-def load_rows(ptr, offsets, present, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    """A (BLOCK_M, BLOCK_WIDTH) tile of row vectors with last stride 1; zero outside."""
-    lane = tl.arange(0, BLOCK_WIDTH)
+def load_rows(ptr, offsets, present, first_lane, WIDTH: tl.constexpr, LANES: tl.constexpr):
+    """(BLOCK_M, LANES) of the row vectors, last stride 1; zero outside."""
+    lane = first_lane + tl.arange(0, LANES)
     mask = present[:, None] & (lane < WIDTH)[None, :]
     return tl.load(ptr + offsets[:, None] + lane[None, :], mask=mask, other=0.0)
 

@@ -1,8 +1,8 @@
 """Partial softmax results, base 2, and the one associative function that merges them.
 
-The state of a set of keys, per row: the largest score m, the sum of exp2(score - m), the sum of exp2(score - m) * p with p
-the projected value, and the column of the largest score. Tiles merge into splits and splits into the answer by `merge`.
-The empty state is (-inf, 0, 0, NO_COLUMN).
+The state of a set of keys, per row: the largest score m, the sum of exp2(score - m), the sum of exp2(score - m) * p
+with p the projected value, and the column of the largest score. Tiles merge into splits and splits into the answer by
+`merge`. The empty state is (-inf, 0, 0, NO_COLUMN).
 """
 
 import triton

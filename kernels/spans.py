@@ -4,8 +4,8 @@ A span covers whole tiles but for its two ends, so its sum is cut into (span, ti
 writes the pairs of the spans that reach into it, each relative to the tile's own largest score; `combine_spans` adds a
 span's pairs in the order of its tiles. A pair nobody wrote (its tile is hidden from every row) keeps largest = -inf.
 
-The table of spans is sorted by start, per batch row: `start` and `end` columns, and `pair`, such that pair + tile is the
-index of the pair. The spans that may reach into tile i are numbers low[i] ... high[i] - 1 of the table.
+The table of spans is sorted by start, per batch row: `start` and `end` columns, and `pair`, such that pair + tile is
+the index of the pair. The spans that may reach into tile i are numbers low[i] ... high[i] - 1 of the table.
 """
 
 import triton

@@ -9,18 +9,31 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-SPLIT = 512  # keys per program. Fixed in tokens, never derived from batch or rows: a row's bits depend on its keys alone
+SPLIT = (
+    512  # keys per program. Fixed in tokens, never derived from batch or rows: a row's bits depend on its keys alone
+)
+
+MOST_REGISTERS = 224  # per thread, of the 255 a thread can have
 
 
 class Tile(NamedTuple):
     block_m: int  # most rows (query heads of a group x answer steps) per program
     block_n: int  # keys per tile
-    num_warps: int
+    num_warps: int  # warps per program, at least
     num_stages: int  # tiles in flight
+
+    def options(self, arch: str, block_m: int, *, stages: int | None = None) -> dict[str, int]:
+        """Launch options. On NVIDIA a register limit keeps ptxas from spilling a few words to reach more occupancy."""
+        limit = {"maxnreg": MOST_REGISTERS} if arch.startswith("sm_") else {}
+        return {"num_warps": self.warps(block_m), "num_stages": stages or self.num_stages} | limit
 
     def rows(self, rows: int) -> int:
         """Rows per program for `rows` rows in all: a power of two, at least the 16 of one matrix instruction."""
         return min(self.block_m, max(16, next_power_of_two(rows)))
+
+    def warps(self, block_m: int) -> int:
+        """Warps per program: 64 rows do not fit the registers of four."""
+        return max(self.num_warps, block_m // 8)
 
 
 HALF, SINGLE = 2, 4  # bytes per element
@@ -28,24 +41,24 @@ HALF, SINGLE = 2, 4  # bytes per element
 # {architecture: {bytes per element: {up to so many bytes of key and value per token: tile}}}
 TILES: dict[str, dict[int, dict[int, Tile]]] = {
     "sm_80": {
-        HALF: {512: Tile(64, 64, 4, 2), 1024: Tile(32, 32, 4, 2), 2048: Tile(16, 32, 4, 2)},
-        SINGLE: {1024: Tile(16, 32, 4, 2), 2048: Tile(16, 16, 4, 2), 4096: Tile(16, 16, 4, 1)},
+        HALF: {512: Tile(32, 64, 4, 2), 1024: Tile(32, 32, 8, 2), 2048: Tile(16, 32, 8, 2)},
+        SINGLE: {1024: Tile(16, 32, 4, 2), 2048: Tile(16, 32, 4, 2), 4096: Tile(16, 32, 8, 1)},
     },
     "sm_89": {
-        HALF: {512: Tile(64, 32, 4, 2), 1024: Tile(32, 32, 4, 2), 2048: Tile(16, 16, 4, 2)},
-        SINGLE: {1024: Tile(16, 16, 4, 2), 2048: Tile(16, 16, 4, 2), 4096: Tile(16, 16, 4, 1)},
+        HALF: {512: Tile(32, 32, 4, 2), 1024: Tile(32, 32, 8, 2), 2048: Tile(16, 16, 8, 2)},
+        SINGLE: {1024: Tile(16, 32, 4, 2), 2048: Tile(16, 32, 4, 1), 4096: Tile(16, 32, 8, 1)},
     },
     "sm_90": {
-        HALF: {512: Tile(64, 64, 4, 3), 1024: Tile(32, 32, 4, 3), 2048: Tile(16, 32, 4, 2)},
-        SINGLE: {1024: Tile(16, 32, 4, 2), 2048: Tile(16, 16, 4, 2), 4096: Tile(16, 16, 4, 1)},
+        HALF: {512: Tile(64, 64, 4, 3), 1024: Tile(32, 32, 8, 3), 2048: Tile(16, 32, 8, 2)},
+        SINGLE: {1024: Tile(16, 32, 4, 2), 2048: Tile(16, 32, 4, 2), 4096: Tile(16, 32, 8, 1)},
     },
     "sm_100": {
-        HALF: {512: Tile(64, 64, 4, 3), 1024: Tile(32, 32, 4, 3), 2048: Tile(16, 32, 4, 2)},
-        SINGLE: {1024: Tile(16, 32, 4, 2), 2048: Tile(16, 16, 4, 2), 4096: Tile(16, 16, 4, 1)},
+        HALF: {512: Tile(64, 64, 4, 3), 1024: Tile(32, 32, 8, 3), 2048: Tile(16, 32, 8, 2)},
+        SINGLE: {1024: Tile(16, 32, 4, 2), 2048: Tile(16, 32, 4, 2), 4096: Tile(16, 32, 8, 1)},
     },
     "gfx942": {
-        HALF: {512: Tile(64, 64, 4, 1), 1024: Tile(32, 32, 4, 1), 2048: Tile(16, 16, 4, 1)},
-        SINGLE: {1024: Tile(16, 32, 4, 1), 2048: Tile(16, 16, 4, 1), 4096: Tile(16, 16, 4, 1)},
+        HALF: {512: Tile(64, 64, 4, 1), 1024: Tile(32, 32, 8, 1), 2048: Tile(16, 16, 8, 1)},
+        SINGLE: {1024: Tile(16, 32, 4, 1), 2048: Tile(16, 32, 4, 1), 4096: Tile(16, 32, 8, 1)},
     },
     "interpreter": {
         HALF: {4096: Tile(32, 32, 4, 1)},
@@ -83,3 +96,13 @@ def next_power_of_two(n: int) -> int:
 def padded(head_dim: int) -> int:
     """Width of a tile: Triton's tiles are powers of two, the rest is masked and never loaded."""
     return max(16, next_power_of_two(head_dim))
+
+
+def lanes(head_dim: int, itemsize: int) -> int:
+    """Lanes of a vector that one product takes at a time: all in half precision, 32 where there is no matrix unit."""
+    return padded(head_dim) if itemsize == HALF else min(padded(head_dim), 32)
+
+
+def output_lanes(value_dim: int, itemsize: int) -> int:
+    """Lanes of a head output that one program accumulates."""
+    return min(padded(value_dim), 128 if itemsize == HALF else 64)

@@ -1,5 +1,29 @@
-"""Find the attention heads with which a long-context language model retrieves an answer, by what they write."""
+"""Find the attention heads with which a long-context language model retrieves an answer, by what they write.
+
+    from locos_fast import score_tokens
+    scores = score_tokens(model, input_ids, needle_span, answer_positions)
+    scores.top(10)
+
+Tensor functions are in `locos_fast.ops`, the Triton kernels in `locos_fast.kernels`, the model whose retrieval heads
+are known in `locos_fast.planted`.
+"""
 
 from locos_fast._version import __version__
+from locos_fast.ablation import ablate, layer_matched_heads
+from locos_fast.architecture import UnsupportedModelError
+from locos_fast.head_scores import HeadScores
+from locos_fast.recording import record
+from locos_fast.scoring import LocosScorer, score_tokens
+from locos_fast.trials import Trial
 
-__all__ = ["__version__"]
+__all__ = [
+    "HeadScores",
+    "LocosScorer",
+    "Trial",
+    "UnsupportedModelError",
+    "__version__",
+    "ablate",
+    "layer_matched_heads",
+    "record",
+    "score_tokens",
+]

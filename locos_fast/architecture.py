@@ -7,10 +7,11 @@ sentence that names the module.
 from __future__ import annotations
 
 import inspect
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj")
 
@@ -22,38 +23,34 @@ class UnsupportedModelError(ValueError):
 class AttentionLayer(NamedTuple):
     """One softmax-attention layer of the decoder."""
 
-    index: int  # 0-based layer number of the model
-    module: nn.Module  # the attention module that calls transformers' attention interface
+    number: int  # 0-based, as the model counts its layers
+    module: Any  # nn.Module: the attention module that calls transformers' attention interface
     projection: nn.Module  # maps the concatenated head outputs (heads * Dv) to the residual stream
 
 
-def decoder(model: nn.Module) -> nn.Module:
+def decoder(model: PreTrainedModel) -> nn.Module:
     """The text decoder: the module that takes token embeddings through all layers."""
     return model.get_decoder() if hasattr(model, "get_decoder") else model
 
 
-def layer_count(model: nn.Module) -> int:
+def layer_count(model: PreTrainedModel) -> int:
     """Number of decoder layers, attention or not."""
     return int(model.config.get_text_config(decoder=True).num_hidden_layers)
 
 
-def attention_layers(model: nn.Module) -> list[AttentionLayer]:
+def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     """All softmax self-attention layers in layer order.
 
     Raises UnsupportedModelError for models without any, for attention that bypasses transformers' attention interface,
     and for models that are compiled or tensor-parallel.
     """
     _refuse_mode(model)
-    layers = [
-        AttentionLayer(module.layer_idx, module, _projection(module))
-        for module in decoder(model).modules()
-        if _is_self_attention(module)
-    ]
+    layers = [_attention_layer(module) for module in decoder(model).modules() if _is_self_attention(module)]
     if not layers:
         raise UnsupportedModelError(f"{_name(model)} has no softmax attention layers to record")
-    layers.sort(key=lambda layer: layer.index)
-    indices = [layer.index for layer in layers]
-    if len(set(indices)) != len(indices):
+    layers.sort(key=lambda layer: layer.number)
+    numbers = [layer.number for layer in layers]
+    if len(set(numbers)) != len(numbers):
         raise UnsupportedModelError(f"{_name(model)} has several attention modules in one layer")
     for layer in layers:
         if "ALL_ATTENTION_FUNCTIONS" not in forward_globals(layer.module):
@@ -64,7 +61,13 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     return layers
 
 
-def unembedding(model: nn.Module) -> nn.Module:
+def head_count(layer: AttentionLayer) -> int:
+    """Number of query heads of an attention layer; layers of one model may differ."""
+    own = getattr(layer.module, "num_heads", None)
+    return own if isinstance(own, int) else int(layer.module.config.num_attention_heads)
+
+
+def unembedding(model: PreTrainedModel) -> nn.Module:
     """The module that maps the residual stream to logits."""
     module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if module is None:
@@ -91,20 +94,32 @@ def _find_projection(module: nn.Module) -> nn.Module | None:
     return next((children[name] for name in OUTPUT_PROJECTIONS if name in children), None)
 
 
-def _projection(module: nn.Module) -> nn.Module:
+def _attention_layer(module: Any) -> AttentionLayer:
     projection = _find_projection(module)
     assert projection is not None  # _is_self_attention looked
-    return projection
+    return AttentionLayer(module.layer_idx, module, projection)
 
 
-def _refuse_mode(model: nn.Module) -> None:
-    if type(model).__name__ == "OptimizedModule" or any(m._compiled_call_impl is not None for m in model.modules()):
-        raise UnsupportedModelError("compiled models cannot be recorded; pass the model as it was before torch.compile")
+def _refuse_mode(model: PreTrainedModel) -> None:
+    for module in model.modules():
+        if _is_compiled(module):
+            raise UnsupportedModelError(
+                f"{_name(getattr(module, '_orig_mod', module))} is compiled, which cannot be recorded; "
+                "pass the model as it was before torch.compile"
+            )
     if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
         raise UnsupportedModelError(f"{_name(model)} is tensor-parallel, which cannot be recorded; use a device_map")
     for name, parameter in model.named_parameters():
         if parameter.device == torch.device("meta"):
             raise UnsupportedModelError(f"{_name(model)} has weights on the meta device ({name}); load them first")
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """By torch.compile(module), module.compile() or module.forward = torch.compile(module.forward)."""
+    if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
+        return True
+    forward = vars(module).get("forward")
+    return hasattr(forward, "_torchdynamo_orig_callable") and not getattr(forward, "_torchdynamo_disable", False)
 
 
 def _name(module: nn.Module) -> str:

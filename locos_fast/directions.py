@@ -1,12 +1,14 @@
 """From target tokens to directions: d_y in the residual stream, w = W_O^T d_y in each head's output space.
 
-norm="none", the score as published (LOCOS, arXiv 2607.01002): d_y is the raw row of the unembedding, no norm is folded in.
+norm="none", the score as published (LOCOS, arXiv 2607.01002): d_y is the raw row of the unembedding, no norm is folded
+in.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from locos_fast.architecture import UnsupportedModelError, unembedding
@@ -14,7 +16,7 @@ from locos_fast.architecture import UnsupportedModelError, unembedding
 BLOCK = 1024  # rows of a projection's weight that are held in float32 at a time
 
 
-def token_directions(model: nn.Module, token_ids: Tensor) -> Tensor:
+def token_directions(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
     """d_y: the unembedding row of each token, (T, hidden) float32 (float64 for float64 models)."""
     module = unembedding(model)
     weight = getattr(module, "weight", None)
@@ -28,14 +30,14 @@ def token_directions(model: nn.Module, token_ids: Tensor) -> Tensor:
 def pull_back(projection: nn.Module, direction: Tensor) -> Tensor:
     """W^T d for the linear map of `projection` (its bias belongs to no head): (T, hidden) -> (T, heads * Dv).
 
-    Linear and Conv1D weights are read in blocks, without a float32 copy; any other module (quantised, adapted) is pushed
-    through with basis vectors, which needs nothing but its forward.
+    Linear and Conv1D weights are read in blocks, without a float32 copy; any other module (quantised, adapted) is
+    pushed through with basis vectors, which needs nothing but its forward.
     """
-    if type(projection) is nn.Linear and projection.weight.is_floating_point():
-        return _product(direction, projection.weight)
-    if type(projection) is Conv1D:
-        return _product(direction, projection.weight.mT)
-    return _push_basis(projection, direction)
+    weight = projection.weight if type(projection) in (nn.Linear, Conv1D) else None
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return _push_basis(projection, direction)
+    weight = weight.detach()
+    return _product(direction, weight if type(projection) is nn.Linear else weight.mT)
 
 
 def _product(direction: Tensor, weight: Tensor) -> Tensor:

@@ -25,15 +25,16 @@ Head = tuple[int, int]  # (layer, head), both 0-based
 
 @dataclasses.dataclass
 class HeadScores:
-    """Scores of all heads, (layers, heads) float64 arrays; NaN where a layer has no softmax attention or sees no needle.
+    """Scores of all heads, (layers, heads) float64 arrays; NaN where a layer has no softmax attention or sees no
+    needle.
 
     score              LOCOS: l_plus - l_minus (arXiv 2607.01002), logits
     l_plus             what the head writes toward the answer from the needle, logits
     l_minus            the same from all other visible keys, scaled to the needle's number of keys, logits
     dla                direct logit attribution: what the head writes from all keys together, logits
     attention_spatial  the LOCOS contrast on attention weights alone, no units
-    wu                 copy score: 1 / needle tokens per answer token whose most attended key is that token in the needle
-    meta               model, tokens, spans, versions: whatever describes how the scores came about (JSON)
+    wu                 copy score: 1 / needle tokens per answer token whose most attended key is that token in the
+    needle meta               model, tokens, spans, versions: whatever describes how the scores came about (JSON)
     per_trial          (trials, layers, heads) `score` of each trial, for a mean over trials
     """
 

@@ -19,7 +19,7 @@ from locos_fast.visibility import Visibility
 class RowsSeen(NamedTuple):
     """Rows of one call that share one `Visibility`."""
 
-    index: list[int]  # which of the call's rows
+    steps: list[int]  # which of the call's rows
     visibility: Visibility
 
 
@@ -34,7 +34,9 @@ class Call(NamedTuple):
     device: torch.device
 
 
-def read_visibility(mask: Any, call: Call, *, implementation: str, is_causal: bool, window: int | None) -> list[RowsSeen]:
+def read_visibility(
+    mask: Any, call: Call, *, implementation: str, is_causal: bool, window: int | None
+) -> list[RowsSeen]:
     """Which keys the rows of `call` see; one entry unless holes differ between rows."""
     if isinstance(mask, Tensor) and mask.ndim == 4:
         return _from_dense(_dense_rows(mask, call), call)

@@ -113,9 +113,7 @@ def attention_contribution(
     implementation = _implementation(backend, query)
     if implementation is reference:
         query, key, value = (x.to(reference.result_dtype(x)) for x in (query, key, value))
-    return cast(
-        Contributions, implementation.attention_contribution(query, key, value, direction, table, **checked)
-    )
+    return cast(Contributions, implementation.attention_contribution(query, key, value, direction, table, **checked))
 
 
 def attention_summary(

@@ -1,8 +1,8 @@
 """record(): the one door into a model.
 
-It wraps the attention implementation the model already uses, in transformers' own registry, and lets it do its work; for
-the answer rows it keeps the head outputs and a `Summary`, and nothing else. Names, masks and configuration are never
-touched, so the model's outputs are bit-identical, and the registry is put back on exit, also after an exception.
+It wraps the attention implementation the model already uses, in transformers' own registry, and lets it do its work;
+for the answer rows it keeps the head outputs and a `Summary`, and nothing else. Names, masks and configuration are
+never touched, so the model's outputs are bit-identical, and the registry is put back on exit, also after an exception.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from locos_fast import ops
 from locos_fast.architecture import AttentionLayer, UnsupportedModelError, attention_layers, decoder, forward_globals
@@ -38,7 +38,17 @@ class LayerRecord(NamedTuple):
     span_visible: Tensor  # (B, T, S)
 
 
-ROW_AXIS = LayerRecord(output=1, span_output=2, mass=2, total_mass=2, lse=2, argmax=2, visible=1, span_visible=1)  # type: ignore[arg-type]
+# where the answer rows are in each field of a LayerRecord
+ROW_AXIS = {
+    "output": 1,
+    "span_output": 2,
+    "mass": 2,
+    "total_mass": 2,
+    "lse": 2,
+    "argmax": 2,
+    "visible": 1,
+    "span_visible": 1,
+}
 
 
 class Recording(Mapping[int, LayerRecord]):
@@ -59,7 +69,7 @@ class Recording(Mapping[int, LayerRecord]):
 
 @contextlib.contextmanager
 def record(
-    model: nn.Module,
+    model: PreTrainedModel,
     rows: Sequence[int] | Tensor,
     spans: ops.Spans,
     *,
@@ -92,7 +102,7 @@ class _Recorder:
     """Keeps the answer rows of one model's attention layers."""
 
     def __init__(
-        self, model: nn.Module, rows: Sequence[int] | Tensor, spans: ops.Spans, backend: str, verify: bool
+        self, model: PreTrainedModel, rows: Sequence[int] | Tensor, spans: ops.Spans, backend: str, verify: bool
     ) -> None:
         self.layers = attention_layers(model)
         self.decoder = decoder(model)
@@ -130,13 +140,21 @@ class _Recorder:
 
     @torch.no_grad()
     def observe(
-        self, module: nn.Module, implementation: str, qkv: tuple[Tensor, Tensor, Tensor], mask: Any, output: Tensor, kwargs: dict
+        self,
+        module: nn.Module,
+        implementation: str,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        mask: Any,
+        output: Tensor,
+        kwargs: dict,
     ) -> None:
         """Keep the answer rows among the queries of one attention call."""
         layer = self.layer_of[id(module)]
         _refuse_call(module, kwargs)
         query, key, value = qkv
         batch, _, n_queries, _ = query.shape
+        if len(self.rows) not in (1, batch):
+            raise ValueError(f"rows: expected (T,) or ({batch}, T) slots, got {tuple(self.rows.shape)}")
         local = self.rows - self.past
         inside = (local >= 0) & (local < n_queries)  # (B or 1, T)
         steps = inside.any(0).nonzero()[:, 0]
@@ -157,7 +175,7 @@ class _Recorder:
         kept = LayerRecord(select_rows(output.detach(), rows).clone(), *_record_order(summary))
         if self.verify:
             _verify(layer, chosen, key, value, seen, attention, kept.output)
-        self._keep(layer.index, kept, steps, inside[:, steps])
+        self._keep(layer.number, kept, steps, inside[:, steps])
 
     def _visibility(
         self, mask: Any, call: Call, module: nn.Module, implementation: str, kwargs: dict
@@ -181,23 +199,23 @@ class _Recorder:
             self.recording._records[index] = kept
         else:
             if index not in self.recording._records:
-                self.recording._records[index] = LayerRecord(*map(_blank(n_rows), kept, ROW_AXIS))
-            for into, part, axis in zip(self.recording._records[index], kept, ROW_AXIS, strict=True):
+                self.recording._records[index] = LayerRecord(*map(_blank(n_rows), kept, ROW_AXIS.values()))
+            for into, part, axis in zip(self.recording._records[index], kept, ROW_AXIS.values(), strict=True):
                 _write_rows(into.movedim(axis, 1), part.movedim(axis, 1), steps, inside)
         self.filled[index][:, steps] |= inside
 
     def check_complete(self) -> None:
         for layer in self.layers:
-            filled = self.filled.get(layer.index)
+            filled = self.filled.get(layer.number)
             if filled is None or not bool(filled.any()):
                 raise RuntimeError(
-                    f"layer {layer.index} ({type(layer.module).__name__}) never computed an answer row through "
+                    f"layer {layer.number} ({type(layer.module).__name__}) never computed an answer row through "
                     f"attention implementation {layer.module.config._attn_implementation!r}; "
                     "was the model run inside the context, and over the rows asked for?"
                 )
             if not bool(filled.all()):
                 missing = sorted(set(self.rows[~filled].tolist()))
-                raise RuntimeError(f"rows {missing} were never computed in layer {layer.index}")
+                raise RuntimeError(f"rows {missing} were never computed in layer {layer.number}")
 
 
 class _Registry:
@@ -295,8 +313,12 @@ def _summarise(
     ]
     if len(parts) == 1:
         return parts[0]
-    axes = LayerRecord._make(ROW_AXIS)._asdict()
-    return Summary(*(torch.cat(fields, axes[name]) for name, fields in zip(Summary._fields, zip(*parts), strict=True)))
+    return Summary(
+        *(
+            torch.cat(fields, ROW_AXIS[name])
+            for name, fields in zip(Summary._fields, zip(*parts, strict=True), strict=True)
+        )
+    )
 
 
 def _take(query: Tensor, rows: list[int]) -> Tensor:
@@ -335,7 +357,7 @@ def _verify(
     output: Tensor,
 ) -> None:
     """direction . output must equal the sum of the direction's contributions, within the rounding of the output."""
-    generator = torch.Generator().manual_seed(layer.index)
+    generator = torch.Generator().manual_seed(layer.number)
     dtype = torch.promote_types(value.dtype, torch.float32)
     heads, value_dim = output.shape[2], output.shape[3]
     direction = torch.randn((heads, value_dim), generator=generator).to(query.device, dtype)
@@ -350,7 +372,7 @@ def _verify(
         error = (total - torch.einsum("bthd,hd->bht", kept.to(dtype), direction)).abs()
         if bool((error > 64 * torch.finfo(value.dtype).eps * size + torch.finfo(dtype).tiny).any()):
             raise RuntimeError(
-                f"layer {layer.index} ({type(layer.module).__name__}): the recorded attention does not reproduce the "
+                f"layer {layer.number} ({type(layer.module).__name__}): the recorded attention does not reproduce the "
                 f"head outputs (largest error {float(error.max()):.3g} logits of a random direction); its mask, scale, "
                 "softcap or sinks were misread"
             )

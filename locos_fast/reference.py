@@ -125,7 +125,7 @@ def attention_summary(
     span_weights = weights[..., None, :] * inside  # (B, H, T, S, N)
     dtype = result_dtype(query)
     return Summary(
-        span_output=(span_weights @ repeat_kv(value, query.shape[1])[:, :, None]).to(dtype),
+        span_output=torch.einsum("bhtsn,bhnd->bhtsd", span_weights, repeat_kv(value, query.shape[1])).to(dtype),
         mass=span_weights.sum(-1).to(dtype),
         total_mass=weights.sum(-1).to(dtype),
         lse=lse,

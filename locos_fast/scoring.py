@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from locos_fast._version import __version__
 from locos_fast.architecture import attention_layers, layer_count
@@ -34,7 +35,7 @@ class Tokenizer(Protocol):
 
 
 def score_tokens(
-    model: nn.Module,
+    model: PreTrainedModel,
     input_ids: Tensor,
     needle_span: Span | Sequence[Span],
     answer_positions: Sequence[int],
@@ -81,7 +82,9 @@ def score_tokens(
 class LocosScorer:
     """Scores trials on one model: `LocosScorer(model, tokenizer).score(trial)`."""
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer, *, norm: str = "none", backend: str = "auto") -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Tokenizer, *, norm: str = "none", backend: str = "auto"
+    ) -> None:
         self.model, self.tokenizer, self.norm, self.backend = model, tokenizer, norm, backend
 
     def score(self, trial: Trial) -> HeadScores:
@@ -100,7 +103,7 @@ class LocosScorer:
         return scores
 
 
-def describe_model(model: nn.Module) -> dict[str, Any]:
+def describe_model(model: PreTrainedModel) -> dict[str, Any]:
     """Model, dtype, attention implementation and library versions, for the `meta` of scores."""
     parameter = next(model.parameters())
     return {
@@ -117,7 +120,7 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _answer_logits(model: nn.Module, input_ids: Tensor, rows: list[int]) -> Tensor:
+def _answer_logits(model: PreTrainedModel, input_ids: Tensor, rows: list[int]) -> Tensor:
     """One forward pass without a KV cache; logits of the answer rows only, (T, vocabulary)."""
     wanted = torch.tensor(rows, device=input_ids.device)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -137,19 +140,19 @@ class RowScores(NamedTuple):
 
 
 def _score_layers(
-    model: nn.Module, recording: Recording, input_ids: Tensor, spans: list[Span], answer_ids: Tensor
+    model: PreTrainedModel, recording: Recording, input_ids: Tensor, spans: list[Span], answer_ids: Tensor
 ) -> dict[str, np.ndarray]:
     target = token_directions(model, answer_ids)
     layers = attention_layers(model)
-    heads = max(recording[layer.index].output.shape[2] for layer in layers)
+    heads = max(recording[layer.number].output.shape[2] for layer in layers)
     arrays = {name: np.full((layer_count(model), heads), np.nan) for name in ARRAYS}
     for layer in layers:
-        kept = recording[layer.index]
+        kept = recording[layer.number]
         steps, n_heads, value_dim = kept.output.shape[1:]
         w = pull_back(layer.projection, target).view(steps, n_heads, value_dim)
         values = _mean_over_rows(_row_scores(kept, w, input_ids[0], spans, answer_ids))
         for name, value in values.items():
-            arrays[name][layer.index, :n_heads] = value.double().cpu().numpy()
+            arrays[name][layer.number, :n_heads] = value.double().cpu().numpy()
     return arrays
 
 

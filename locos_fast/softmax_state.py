@@ -1,8 +1,8 @@
 """Partial softmax results and the one function that merges them.
 
-A part of the keys leaves, per row, the largest score, the sum of exp(score - largest) and any number of sums weighted by
-that exponential. Two such states merge into the state of the union; the merge is associative, so keys may be cut anywhere
-and the parts merged in any grouping. The empty state (nothing seen) is its neutral element.
+A part of the keys leaves, per row, the largest score, the sum of exp(score - largest) and any number of sums weighted
+by that exponential. Two such states merge into the state of the union; the merge is associative, so keys may be cut
+anywhere and the parts merged in any grouping. The empty state (nothing seen) is its neutral element.
 """
 
 from __future__ import annotations

@@ -48,9 +48,7 @@ class GroupedRows(NamedTuple):
 class Scorer:
     """Scores of stacked rows against one block of keys after another, masked by visibility."""
 
-    def __init__(
-        self, query: Tensor, key: Tensor, visibility: Visibility, scale: float, softcap: float | None
-    ) -> None:
+    def __init__(self, query: Tensor, key: Tensor, visibility: Visibility, scale: float, softcap: float | None) -> None:
         self.key, self.softcap, self.visibility = key, softcap, visibility
         self.layout = GroupedRows.of(query, key.shape[1])
         self.dtype = torch.promote_types(query.dtype, torch.float32)

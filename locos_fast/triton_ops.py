@@ -1,4 +1,5 @@
-"""Launches the Triton kernels: chooses the tile, plans the spans, allocates the partial results. No host synchronisation."""
+"""Launches the Triton kernels: chooses the tile, plans the spans, allocates the partial results. No host
+synchronisation."""
 
 from __future__ import annotations
 
@@ -35,6 +36,7 @@ def _architecture(device: torch.device) -> str:
 class Grid(NamedTuple):
     """How rows and keys are cut into programs."""
 
+    arch: str
     tile: tiles.Tile
     block_m: int
     row_blocks: int
@@ -42,18 +44,15 @@ class Grid(NamedTuple):
 
     @classmethod
     def of(cls, query: Tensor, key: Tensor, value: Tensor) -> Grid:
-        tile = tiles.select(_architecture(query.device), query.element_size(), key.shape[-1], value.shape[-1])
+        arch = _architecture(query.device)
+        tile = tiles.select(arch, query.element_size(), key.shape[-1], value.shape[-1])
         rows = query.shape[1] // key.shape[1] * query.shape[2]
         block_m = tile.rows(rows)
-        return cls(tile, block_m, -(-rows // block_m), -(-key.shape[2] // tiles.SPLIT))
+        return cls(arch, tile, block_m, -(-rows // block_m), -(-key.shape[2] // tiles.SPLIT))
 
     @property
     def rows(self) -> int:
         return self.row_blocks * self.block_m
-
-    @property
-    def options(self) -> dict[str, int]:
-        return {"num_warps": self.tile.num_warps, "num_stages": self.tile.num_stages}
 
 
 class SpanPlan(NamedTuple):
@@ -130,11 +129,11 @@ class Partials(NamedTuple):
 
     @classmethod
     def allocate(cls, grid: Grid, kv: int, pairs: int, kv_heads: int, device: torch.device) -> Partials:
-        states = torch.empty((3, kv, grid.splits, grid.rows), device=device)
+        largest, denominator, total = torch.empty((3, kv, grid.splits, grid.rows), device=device)
         column = torch.empty((kv, grid.splits, grid.rows), dtype=torch.int32, device=device)
-        sums = torch.empty((2, pairs, kv_heads, grid.rows), device=device)
+        mass, phi = torch.empty((2, pairs, kv_heads, grid.rows), device=device)
         unwritten = torch.full((pairs, kv_heads, grid.rows), -torch.inf, device=device)
-        return cls(*states, column, unwritten, *sums)
+        return cls(largest, denominator, total, column, unwritten, mass, phi)
 
 
 class Rows(NamedTuple):
@@ -309,12 +308,12 @@ def attention_contribution(
                 BLOCK_N=grid.tile.block_n,
                 BLOCK_D=tiles.padded(head_dim),
                 BLOCK_DV=tiles.padded(value_dim),
+                LANES_D=tiles.lanes(head_dim, key.element_size()),
+                LANES_DV=tiles.lanes(value_dim, key.element_size()),
                 **attention.flags,
-                **grid.options,
+                **grid.tile.options(grid.arch, grid.block_m),
             )
-        rows = _combine_splits(
-            partials[:4], query, kv_heads, visibility.kv_offset, sinks, grid, with_total=True
-        )
+        rows = _combine_splits(partials[:4], query, kv_heads, visibility.kv_offset, sinks, grid, with_total=True)
         mass, span = _combine_spans(plan, partials, rows, query, kv_heads, grid)
     return Contributions(
         span=span,
@@ -350,7 +349,12 @@ def attention_summary(
     start, end = columns[..., 0].contiguous(), columns[..., 1].contiguous()
     states = torch.empty((2, batch * kv_heads, grid.splits, grid.rows), device=query.device)
     column = torch.empty((batch * kv_heads, grid.splits, grid.rows), dtype=torch.int32, device=query.device)
-    shape = {"GROUP": heads // kv_heads, "HEAD_DIM": head_dim, "BLOCK_D": tiles.padded(head_dim)}
+    shape = {
+        "GROUP": heads // kv_heads,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": tiles.padded(head_dim),
+        "LANES_D": tiles.lanes(head_dim, key.element_size()),
+    }
     with _on(query.device):
         attention_summary_split[grid.row_blocks, batch * kv_heads, grid.splits](
             query,
@@ -371,7 +375,7 @@ def attention_summary(
             BLOCK_N=grid.tile.block_n,
             **shape,
             **attention.flags,
-            **grid.options,
+            **grid.tile.options(grid.arch, grid.block_m),
         )
         rows = _combine_splits(
             (states[0], states[1], states[1], column),
@@ -385,8 +389,9 @@ def attention_summary(
         mass = torch.empty((batch, heads, steps, n_spans), device=query.device)
         output = torch.empty((batch, heads, steps, n_spans, value_dim), device=query.device)
         block_m = 16  # a (rows x head_dim) accumulator is only affordable for few rows
-        tile = tiles.select(_architecture(query.device), query.element_size(), head_dim, value_dim)
-        span_output[-(-(heads // kv_heads * steps) // block_m), batch * kv_heads, n_spans](
+        tile = tiles.select(grid.arch, query.element_size(), head_dim, value_dim)
+        lanes = tiles.output_lanes(value_dim, value.element_size())
+        span_output[-(-(heads // kv_heads * steps) // block_m), batch * kv_heads, n_spans * -(-value_dim // lanes)](
             query,
             key,
             value,
@@ -412,11 +417,10 @@ def attention_summary(
             HALVES=query.element_size() == 2,
             BLOCK_M=block_m,
             BLOCK_N=tile.block_n,
-            BLOCK_DV=tiles.padded(value_dim),
+            LANES_DV=lanes,
             **shape,
             **attention.flags,
-            num_warps=tile.num_warps,
-            num_stages=1,
+            **tile.options(grid.arch, block_m, stages=1),
         )
     return Summary(
         span_output=output,
@@ -466,7 +470,8 @@ def ov_contribution(
                 BLOCK_M=grid.block_m,
                 BLOCK_N=grid.tile.block_n,
                 BLOCK_DV=tiles.padded(value_dim),
-                **grid.options,
+                LANES_DV=tiles.lanes(value_dim, value.element_size()),
+                **grid.tile.options(grid.arch, grid.block_m),
             )
         combine_sums[grid.row_blocks, batch * kv_heads](
             *partials[:4],

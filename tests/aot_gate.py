@@ -2,8 +2,8 @@
 
     python tests/aot_gate.py [--arch sm_90 ...] [--jobs 2]
 
-Prints one line per variant and fails on register spills, on shared memory above the architecture's limit, and where keys
-or values are loaded in pieces narrower than 16 bytes although their strides allow more. Needs Triton only.
+Prints one line per variant and fails on register spills, on shared memory above the architecture's limit, and where
+keys or values are loaded in pieces narrower than 16 bytes although their strides allow more. Needs Triton only.
 """
 
 from __future__ import annotations
@@ -121,6 +121,10 @@ class Report(NamedTuple):
         )
 
 
+def itemsize(dtype: str) -> int:
+    return 4 if dtype == "fp32" else 2
+
+
 def reads_tiles(kernel: str) -> bool:
     return not kernel.startswith("combine")
 
@@ -128,7 +132,7 @@ def reads_tiles(kernel: str) -> bool:
 def variants(archs: list[str]) -> Iterator[Variant]:
     for arch in archs:
         for dtype, head_dim, value_dim in SHAPES:
-            tile = tiles.select(arch, 4 if dtype == "fp32" else 2, head_dim, value_dim)
+            tile = tiles.select(arch, itemsize(dtype), head_dim, value_dim)
             for kernel in filter(reads_tiles, KERNELS):
                 most = 16 if kernel == "span_output" else tile.block_m
                 for block_m, features in {(16, False), (most, False), (most, True)}:
@@ -157,6 +161,12 @@ def constants(variant: Variant, tile: tiles.Tile) -> dict[str, int | bool]:
         "BLOCK_N": tile.block_n,
         "BLOCK_D": tiles.padded(variant.head_dim),
         "BLOCK_DV": tiles.padded(variant.value_dim),
+        "LANES_D": tiles.lanes(variant.head_dim, itemsize(variant.dtype)),
+        "LANES_DV": (
+            tiles.output_lanes(variant.value_dim, itemsize(variant.dtype))
+            if variant.kernel == "span_output"
+            else tiles.lanes(variant.value_dim, itemsize(variant.dtype))
+        ),
         "BLOCK_S": 16,
         "BLOCK_T": 16,
     }
@@ -172,22 +182,21 @@ def argument_type(name: str, dtype: str) -> str:
 
 def compile_variant(variant: Variant) -> Report:
     kernel = KERNELS[variant.kernel]
-    tile = tiles.select(variant.arch, 4 if variant.dtype == "fp32" else 2, variant.head_dim, variant.value_dim)
+    tile = tiles.select(variant.arch, itemsize(variant.dtype), variant.head_dim, variant.value_dim)
     known = constants(variant, tile)
     constexprs = {p.name: known[p.name] for p in kernel.params if p.is_constexpr}
-    signature = {
-        p.name: "constexpr" if p.is_constexpr else argument_type(p.name, variant.dtype) for p in kernel.params
-    }
+    signature = {p.name: "constexpr" if p.is_constexpr else argument_type(p.name, variant.dtype) for p in kernel.params}
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, p in enumerate(kernel.params)
         if p.name.endswith("_ptr") or "_stride_" in p.name
     }
-    stages = 1 if variant.kernel == "span_output" else tile.num_stages
+    stages = 1 if variant.kernel == "span_output" else None
+    options = tile.options(variant.arch, variant.block_m, stages=stages) if reads_tiles(variant.kernel) else {}
     compiled = triton.compile(
         ASTSource(kernel, signature=signature, constexprs=constexprs, attrs=aligned),
         target=TARGETS[variant.arch],
-        options={"num_warps": tile.num_warps, "num_stages": stages},
+        options=options,
     )
     measure = measure_amd if variant.arch.startswith("gfx") else measure_nvidia
     return measure(variant, compiled)
@@ -198,14 +207,17 @@ def measure_nvidia(variant: Variant, compiled) -> Report:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
-    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global\s+\[[^\]]*\],\s*\[[^\]]*\],\s*(0x[0-9a-f]+|\d+)", compiled.asm["ptx"])
+    copies = re.findall(
+        r"cp\.async\.c[ag]\.shared\.global\s+\[[^\]]*\],\s*\[[^\]]*\],\s*(0x[0-9a-f]+|\d+)", compiled.asm["ptx"]
+    )
     sizes = [int(size, 0) for size in copies]
     return Report(
         variant,
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         stack=int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),
         shared=compiled.metadata.shared,
-        wide=sizes.count(16) + len(re.findall(r"ld\.global[.\w]*\.v4\.b32|ld\.global[.\w]*\.v2\.b64", compiled.asm["ptx"])),
+        wide=sizes.count(16)
+        + len(re.findall(r"ld\.global[.\w]*\.v4\.b32|ld\.global[.\w]*\.v2\.b64", compiled.asm["ptx"])),
         narrow=sum(size < 16 for size in sizes),
     )
 

@@ -1,0 +1,81 @@
+"""How much memory one scoring forward takes, so that a run which cannot fit is refused before it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM
+
+GIB = 2**30
+
+
+class MemoryEstimate(NamedTuple):
+    """Bytes, at the peak of one forward pass over one prompt without a KV cache."""
+
+    weights: int
+    activations: int  # one layer's, and the residual stream
+    attention: int  # score matrices and masks that the attention implementation builds
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations + self.attention
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self._asdict().items())
+        return f"{self.total / GIB:.2f} GiB ({parts})"
+
+
+def estimate(config: Any, tokens: int, dtype: torch.dtype, attn_implementation: str | None) -> MemoryEstimate:
+    """Estimate a forward over `tokens` tokens; `config` is the model's configuration."""
+    text = config.get_text_config(decoder=True)
+    itemsize = dtype.itemsize
+    heads, hidden = text.num_attention_heads, text.hidden_size
+    head_dim = getattr(text, "head_dim", None) or hidden // heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    intermediate = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
+    attention_block = 3 * hidden + 2 * (heads + kv_heads) * head_dim * 2
+    mlp_block = 3 * hidden + 3 * intermediate
+    return MemoryEstimate(
+        weights=_parameters(config) * itemsize,
+        activations=tokens * max(attention_block, mlp_block) * itemsize,
+        attention=_attention_bytes(text, tokens, itemsize, attn_implementation or "sdpa"),
+    )
+
+
+def available(device: torch.device) -> int:
+    """Free bytes on a device: GPU memory, or the machine's memory that can be had without swapping."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    import psutil  # type: ignore[import-untyped]
+
+    return psutil.virtual_memory().available
+
+
+def refuse_if_too_large(needed: MemoryEstimate, device: torch.device) -> None:
+    """Raise ValueError, naming what is needed and what there is, if the estimate exceeds the free memory."""
+    free = available(device)
+    if needed.total > free:
+        raise ValueError(
+            f"memory: this run needs about {needed} and {device} has {free / GIB:.2f} GiB free; use a shorter context, "
+            "a smaller dtype, or an attention implementation that builds no score matrix"
+        )
+
+
+def _parameters(config: Any) -> int:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _attention_bytes(text: Any, tokens: int, itemsize: int, implementation: str) -> int:
+    if implementation == "eager":  # scores, softmax in float32 and its cast, for all heads at once; and the mask
+        return tokens * tokens * (text.num_attention_heads * (2 * itemsize + 4) + itemsize)
+    windowed = any("full" not in kind for kind in getattr(text, "layer_types", None) or [])
+    windowed = windowed or getattr(text, "sliding_window", None) is not None
+    return tokens * tokens if windowed and implementation == "sdpa" else 0  # a bool mask, tokens x tokens

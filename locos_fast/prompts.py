@@ -1,0 +1,101 @@
+"""Compose a prompt from a context, a needle and a question, and find in it the tokens of the needle and of the
+answer."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from locos_fast.trials import Trial
+
+SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s)|\n+")
+
+
+def compose(
+    tokenizer: Any, *, context: str, needle: str, question: str, answer: str, depth: float | None = None
+) -> Trial:
+    """A trial whose prompt is the context with the needle, a blank line, and the question.
+
+    depth: percent of the context in front of the needle, which is inserted at the sentence boundary before that point;
+    None if the context already contains the needle, exactly once.
+    The answer's ids are those that follow the prompt's in the tokenisation of prompt and answer together, or those of
+    the answer alone where the prompt's ids are no prefix.
+
+    Raises ValueError, naming the argument, for an empty text, a needle that does not occur exactly once or is longer
+    than the context, a depth outside 0..100, and a tokenizer without character offsets.
+    """
+    for name, text in (("context", context), ("needle", needle), ("question", question), ("answer", answer)):
+        if not text.strip():
+            raise ValueError(f"{name}: expected text, got nothing")
+    needle = needle.strip()
+    if depth is None:
+        start = _only_occurrence(context, needle)
+    else:
+        context, start = insert_needle(context, needle, depth)
+    prompt = f"{context}\n\n{question}"
+    ids, span = _tokenise(tokenizer, prompt, start, start + len(needle))
+    answer_ids = _continuation(tokenizer, prompt, ids, answer)
+    return Trial(
+        prompt_ids=ids,
+        needle_span=span,
+        answer_ids=answer_ids,
+        question=question,
+        needle=needle,
+        answer=answer,
+        depth=100 * start / len(context) if depth is None else depth,
+        length=len(ids),
+        id=f"score-{len(ids)}",
+    )
+
+
+def insert_needle(context: str, needle: str, depth: float) -> tuple[str, int]:
+    """The context with the needle as a sentence of its own, and the needle's first character.
+
+    It goes to the last sentence boundary before `depth` percent of the characters; 0 is the beginning, 100 the end.
+    """
+    if not 0 <= depth <= 100:
+        raise ValueError(f"depth: expected percent, 0 to 100, got {depth:g}")
+    if len(needle) > len(context):
+        raise ValueError(f"needle: {len(needle)} characters are longer than the context of {len(context)}")
+    target = len(context) * depth / 100
+    boundaries = [0, *(match.end() for match in SENTENCE_END.finditer(context)), len(context)]
+    cut = max(boundary for boundary in boundaries if boundary <= target)
+    before, after = context[:cut].rstrip(" "), context[cut:].lstrip(" ")
+    lead = before if not before or before.endswith("\n") else f"{before} "
+    tail = after if not after or after.startswith("\n") else f" {after}"
+    return f"{lead}{needle}{tail}", len(lead)
+
+
+def _only_occurrence(context: str, needle: str) -> int:
+    if len(needle) > len(context):
+        raise ValueError(f"needle: {len(needle)} characters are longer than the context of {len(context)}")
+    start = context.find(needle)
+    if start < 0:
+        raise ValueError("needle: not found in the context; give --depth to insert it")
+    if context.find(needle, start + 1) >= 0:
+        raise ValueError("needle: found more than once in the context; it must be unique")
+    return start
+
+
+def _tokenise(tokenizer: Any, prompt: str, start: int, end: int) -> tuple[list[int], tuple[int, int]]:
+    """Ids of the prompt, special tokens included, and the span of tokens that overlap characters start ... end."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"tokenizer: {type(tokenizer).__name__} has no character offsets; a fast tokenizer is needed")
+    encoded = tokenizer(prompt, return_offsets_mapping=True)
+    inside = [i for i, (low, high) in enumerate(encoded["offset_mapping"]) if low < end and high > start and high > low]
+    if not inside:
+        raise ValueError("needle: the tokenizer gives it no tokens")
+    return list(encoded["input_ids"]), (inside[0], inside[-1] + 1)
+
+
+def _continuation(tokenizer: Any, prompt: str, ids: list[int], answer: str) -> list[int]:
+    space = "" if prompt[-1].isspace() or answer[0].isspace() else " "
+    together = list(tokenizer(prompt + space + answer)["input_ids"])
+    while together and together[-1] == tokenizer.eos_token_id:  # some tokenizers end every text with it
+        together.pop()
+    if len(together) > len(ids) and together[: len(ids)] == ids:
+        return together[len(ids) :]
+    alone = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    if not alone:
+        raise ValueError("answer: the tokenizer gives it no tokens")
+    return alone

@@ -1,0 +1,124 @@
+"""What people look at: tables for the terminal, heat maps as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.table import Table
+
+from locos_fast.demo import CHANCE, DECOYS, DETECTORS, KINDS, DemoResult
+from locos_fast.head_scores import NAMES, Head, HeadScores
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MARKS = {"planted": ("s", "black"), "read_only": ("o", "tab:orange"), "write_only": ("^", "tab:purple")}
+
+
+def head_name(head: Head) -> str:
+    """L12H7."""
+    return f"L{head[0]}H{head[1]}"
+
+
+def scores_table(scores: HeadScores, k: int) -> Table:
+    """The k best heads with L+, L- and S, in logits."""
+    table = Table(title=f"Top {k} heads by LOCOS score (logits, norm={scores.meta.get('norm')})")
+    for column in ("head", "S = L+ - L-", "L+", "L-", "DLA", "attention-spatial", "Wu"):
+        table.add_column(column, justify="left" if column == "head" else "right")
+    for head in scores.top(k):
+        arrays = (scores.score, scores.l_plus, scores.l_minus, scores.dla, scores.attention_spatial, scores.wu)
+        table.add_row(head_name(head), *(f"{array[head]:+.4g}" for array in arrays))
+    return table
+
+
+def detector_table(result: DemoResult) -> Table:
+    """Detector x question type: heads found against heads planted, and what was listed wrongly."""
+    table = Table(title="Heads found (at least 10 % of the detector's largest score) against heads planted")
+    table.add_column("detector")
+    for kind in KINDS:
+        table.add_column(f"{kind.replace('_', '-')} questions")
+    for detector in DETECTORS:
+        table.add_row(NAMES[detector], *(_finding(result, detector, kind) for kind in KINDS))
+    return table
+
+
+def _finding(result: DemoResult, detector: str, kind: str) -> str:
+    found, planted = set(result.scores[kind].found(by=detector)), result.planted_heads(kind)
+    if found == planted:
+        return f"[green]exactly the {len(planted)} planted[/green]"
+    roles = {head: role for role in (*DECOYS, *KINDS, "positional") for head in result.planted.heads[role]}
+    wrong: dict[str, int] = {}
+    for head in found - planted:
+        role = roles.get(head, "noise").replace("_", "-")
+        wrong[role] = wrong.get(role, 0) + 1
+    extra = "".join(f" + {count} {role}" for role, count in sorted(wrong.items()))
+    return f"[red]{len(found & planted)} of {len(planted)} planted{extra}[/red]"
+
+
+def recall_table(result: DemoResult) -> Table:
+    """Recall of the intact model, without the found heads, and without layer-matched random heads."""
+    recall = result.recall
+    table = Table(title="Recall (greedy answers)")
+    table.add_column("heads ablated")
+    for kind in KINDS:
+        table.add_column(f"{kind.replace('_', '-')} (chance {CHANCE[kind]:.0%})", justify="right")
+    draws = len(next(iter(recall.control_ablated.values())))
+    table.add_row("none", *(f"{recall.intact[kind]:.0%}" for kind in KINDS))
+    table.add_row("those LOCOS found", *(f"{recall.found_ablated[kind]:.0%}" for kind in KINDS))
+    controls = (recall.control_ablated[kind] for kind in KINDS)
+    table.add_row(
+        f"random, same layers ({draws} draws: mean, lowest)",
+        *(f"{np.mean(draw):.0%}, {min(draw):.0%}" for draw in controls),
+    )
+    return table
+
+
+def save_heat_map(scores: HeadScores, path: Path, *, title: str) -> None:
+    """One heat map, layers x heads, of the LOCOS score."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    layers, heads = scores.score.shape
+    figure, axes = pyplot.subplots(figsize=(2 + 0.25 * heads, 1.5 + 0.25 * layers), layout="constrained")
+    _draw(axes, scores, "score", title)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def save_demo_picture(result: DemoResult, path: Path) -> None:
+    """Question types x detectors, layers x heads each, with the planted heads and the decoys marked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shape = (len(KINDS), len(DETECTORS))
+    figure, grid = pyplot.subplots(*shape, figsize=(4 * shape[1], 2.6 * shape[0]), layout="constrained", squeeze=False)
+    for row, kind in zip(grid, KINDS, strict=True):
+        marks = {"planted": result.planted_heads(kind)} | {role: result.planted.heads[role] for role in DECOYS}
+        for axes, detector in zip(row, DETECTORS, strict=True):
+            _draw(axes, result.scores[kind], detector, f"{NAMES[detector]}, {kind.replace('_', '-')}", marks)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(MARKS))
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _draw(
+    axes: Axes, scores: HeadScores, by: str, title: str, marks: Mapping[str, Iterable[Head]] | None = None
+) -> None:
+    values = getattr(scores, by)
+    limit = np.nanmax(np.abs(values), initial=0.0) or 1.0
+    image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+    axes.figure.colorbar(image, ax=axes, shrink=0.9)
+    axes.set(xlabel="head", ylabel="layer", title=title)
+    for role, heads in (marks or {}).items():
+        marker, colour = MARKS[role]
+        layer_of, head_of = zip(*heads, strict=True)
+        label = role.replace("_", "-") + ("" if role == "planted" else " decoy")
+        axes.scatter(head_of, layer_of, s=60, marker=marker, facecolors="none", edgecolors=colour, label=label)
