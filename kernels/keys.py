@@ -41,7 +41,7 @@ def product(
         tile = load_tile(tile_ptr, columns, stride, n_keys, 0, WIDTH, LANES)
         return tl.dot(rows, tl.trans(tile), input_precision="ieee")
     result = tl.zeros([row_offsets.shape[0], columns.shape[0]], tl.float32)
-    for lane in tl.static_range(0, BLOCK_WIDTH, LANES):
+    for lane in range(0, BLOCK_WIDTH, LANES):
         part = load_rows(rows_ptr, row_offsets, present, lane, WIDTH, LANES)
         tile = load_tile(tile_ptr, columns, stride, n_keys, lane, WIDTH, LANES)
         result = tl.dot(part, tl.trans(tile), result, input_precision="ieee")

@@ -10,9 +10,9 @@ import triton.language as tl
 
 @triton.jit
 def row_coordinates(row_block, steps, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(answer step, query head within the group, whether the row exists) of each row of a program."""
+    """(answer step, query head within the group, whether the row exists) of each row of a program; steps are 64-bit."""
     row = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    return row // GROUP, row % GROUP, row < steps * GROUP
+    return (row // GROUP).to(tl.int64), row % GROUP, row < steps * GROUP
 
 
 @triton.jit

@@ -53,11 +53,14 @@ def _product(direction: Tensor, weight: Tensor) -> Tensor:
 
 
 def _push_basis(projection: nn.Module, direction: Tensor) -> Tensor:
-    reference = next(p for p in projection.parameters() if p.is_floating_point())
+    weights = [*projection.parameters(), *projection.buffers()]
+    reference = next((w for w in weights if w.is_floating_point()), None)
     width = int(getattr(projection, "in_features", 0))
     if width == 0:
         raise UnsupportedModelError(f"cannot tell the input width of output projection {type(projection).__name__}")
-    dtype, device = reference.dtype, reference.device
+    # a quantised projection may hold nothing but integers, and then takes what it is given
+    dtype = direction.dtype if reference is None else reference.dtype
+    device = weights[0].device if weights else direction.device
     bias = projection(torch.zeros((1, width), dtype=dtype, device=device)).to(direction.dtype)
     columns = []
     for start in range(0, width, BLOCK):

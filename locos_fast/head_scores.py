@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 SCHEMA_VERSION = 1
@@ -80,11 +81,11 @@ class HeadScores:
         """
         target = Path(directory)
         check_output(target, overwrite=overwrite)
-        target.mkdir(parents=True, exist_ok=True)
         arrays = {name: np.ascontiguousarray(getattr(self, name), dtype=np.float32) for name in ARRAYS}
         if self.per_trial is not None:
             arrays["per_trial"] = np.ascontiguousarray(self.per_trial, dtype=np.float32)
         config = json.dumps({"schema_version": SCHEMA_VERSION, **self.meta}, indent=2, allow_nan=False) + "\n"
+        target.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=target, prefix=".writing-"))
         try:
             save_file(arrays, scratch / "scores.safetensors")
@@ -101,11 +102,17 @@ class HeadScores:
         for name in ("config.json", "scores.safetensors"):
             if not (source / name).is_file():
                 raise FileNotFoundError(f"{source} is not a score folder: it has no {name}")
-        meta = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        version = meta.pop("schema_version", None)
+        try:
+            meta = json.loads((source / "config.json").read_text(encoding="utf-8"))
+            arrays = load_file(source / "scores.safetensors")
+        except (ValueError, SafetensorError) as error:
+            raise ValueError(f"{source} is not a score folder: {error}") from error
+        version = meta.pop("schema_version", None) if isinstance(meta, dict) else None
         if version != SCHEMA_VERSION:
             raise ValueError(f"{source}: expected schema version {SCHEMA_VERSION}, got {version}")
-        arrays = {name: array.astype(np.float64) for name, array in load_file(source / "scores.safetensors").items()}
+        if missing := [name for name in ARRAYS if name not in arrays]:
+            raise ValueError(f"{source} is not a score folder: its scores have no {', '.join(missing)}")
+        arrays = {name: array.astype(np.float64) for name, array in arrays.items()}
         return cls(**{n: arrays[n] for n in ARRAYS}, meta=meta, per_trial=arrays.get("per_trial"))
 
     def _array(self, name: str) -> Array:

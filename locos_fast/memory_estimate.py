@@ -31,7 +31,8 @@ def estimate(config: Any, tokens: int, dtype: torch.dtype, attn_implementation: 
     """Estimate a forward over `tokens` tokens; `config` is the model's configuration."""
     text = config.get_text_config(decoder=True)
     itemsize = dtype.itemsize
-    heads, hidden = text.num_attention_heads, text.hidden_size
+    hidden = text.hidden_size
+    heads = getattr(text, "num_attention_heads", None) or 1  # state-space models have none; loading refuses them
     head_dim = getattr(text, "head_dim", None) or hidden // heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     intermediate = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden

@@ -198,8 +198,8 @@ def _mean_over_rows(rows: RowScores) -> dict[str, Tensor]:
 
 def _union(needle_span: Span | Sequence[Span]) -> list[Span]:
     """Disjoint spans, sorted, that cover what the given ones cover."""
-    spans: list[Any] = [needle_span] if _is_pair(needle_span) else list(needle_span)
-    if not spans or not all(_is_pair(span) for span in spans):
+    spans: Any = [needle_span] if _is_pair(needle_span) else needle_span
+    if not isinstance(spans, Sequence) or not spans or not all(_is_pair(span) for span in spans):
         raise ValueError(f"needle_span: expected (start, end) or several of them, got {needle_span!r}")
     merged: list[Span] = []
     for start, end in sorted((int(start), int(end)) for start, end in spans):
@@ -226,7 +226,7 @@ def _check(input_ids: Tensor, spans: list[Span], answer_positions: Sequence[int]
     if len(set(answer_positions)) != len(answer_positions):
         raise ValueError(f"answer_positions: expected each position once, got {list(answer_positions)}")
     for position in answer_positions:
-        if not 1 <= position < tokens:
+        if not hasattr(position, "__index__") or not 1 <= position < tokens:
             raise ValueError(
                 f"answer_positions: expected positions in 1..{tokens - 1} (no row predicts token 0), got {position}"
             )
@@ -235,3 +235,5 @@ def _check(input_ids: Tensor, spans: list[Span], answer_positions: Sequence[int]
             raise ValueError(f"needle_span: expected a span inside the {tokens} tokens, got ({start}, {end})")
         if any(start <= position < end for position in answer_positions):
             raise ValueError(f"needle_span: expected a span clear of the answer, got ({start}, {end})")
+        if start > max(answer_positions):
+            raise ValueError(f"needle_span: expected a span before the last answer token, got ({start}, {end})")

@@ -228,14 +228,14 @@ def ov_contribution(
     batch, _, rows, n_keys = attn.shape
     layout, span_sums = GroupedRows.of(attn, value.shape[1]), SpanSums(spans, 0)
     dtype = torch.promote_types(attn.dtype, torch.float32)
-    attn, direction = layout.stack(attn), layout.stack(direction).to(dtype)
-    shape = attn.shape[:-1]
+    direction = layout.stack(direction).to(dtype)
+    shape = direction.shape[:-1]
     total, total_mass = (torch.zeros(shape, dtype=dtype, device=attn.device) for _ in range(2))
     span, mass = (torch.zeros((*shape, len(span_sums)), dtype=dtype, device=attn.device) for _ in range(2))
     largest = torch.zeros_like(total)
     argmax = torch.full(shape, -1, device=attn.device)
     for start in range(0, n_keys, BLOCK):
-        alpha = attn[..., start : start + BLOCK].to(dtype)
+        alpha = layout.stack(attn[..., start : start + BLOCK]).to(dtype)  # stacking copies where T and H are transposed
         phi = alpha * (direction @ value[:, :, start : start + BLOCK].to(dtype).mT)
         total += phi.sum(-1)
         total_mass += alpha.sum(-1)

@@ -153,16 +153,13 @@ def random_weights_problem(
     hidden: float = 0.3,
     device: str = "cpu",
 ) -> WeightsProblem:
-    """Softmaxed weights in which a share `hidden` of the keys has weight 0, and values and directions as above."""
+    """Softmaxed weights, of which a share `hidden` is 0, and values and directions as above."""
     heads = kv_heads * group
-    scores = random_tensor((batch, heads, rows, keys), dtype, layout, device)
-    scores = scores.masked_fill(torch.rand(scores.shape, device=device) < hidden, -torch.inf)
+    attn = random_tensor((batch, heads, rows, keys), dtype, layout, device)
+    plain = attn[:1] if layout == "expanded" else attn  # written to in place, so that the layout stays
+    scores = plain.double().masked_fill(torch.rand(plain.shape, device=device) < hidden, -torch.inf)
+    plain.copy_(scores.softmax(-1).nan_to_num(0.0))  # a row that sees nothing has no weights
     direction_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    attn = random_tensor((batch, heads, rows, keys), dtype, layout, device)  # for its layout only
-    if layout != "expanded":
-        attn.copy_(scores.double().softmax(-1).nan_to_num(0.0))  # a row that sees nothing has no weights
-    else:
-        attn = scores[:1].double().softmax(-1).nan_to_num(0.0).to(dtype).expand(scores.shape)
     return WeightsProblem(
         attn,
         random_tensor((batch, kv_heads, keys, value_dim), dtype, layout, device),
@@ -171,22 +168,16 @@ def random_weights_problem(
     )
 
 
-class Far(NamedTuple):
-    """Two tensors of one shape but for the last size, laid out in one storage with 2**31 elements and more between
-    their first and last entries along one dimension: an offset computed in 32 bits misses them."""
+def far_apart(first: Tensor, second: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The same values, more than 2**31 elements between the first and the last entry along `dim`.
 
-    first: Tensor
-    second: Tensor
-
-    @classmethod
-    def apart(cls, first: Tensor, second: Tensor, dim: int) -> Far:
-        """The values of `first` and `second`, neighbours along `dim` far apart. Takes 2**31 elements of memory, of
-        which an operating system that allocates lazily only hands out the pages written to."""
-        size = first.shape[dim]
-        both = torch.cat([first, second], -1).transpose(0, dim)  # what lies together for one index of `dim`
-        gap = -(-(2**31) // (size - 1)) // 64 * 64 + 64
-        block = both[0].numel()
-        assert size > 1 and gap >= block, "entries along `dim` must not overlap"
-        storage = torch.empty(gap * (size - 1) + block, dtype=first.dtype, device=first.device)
-        spread = storage.as_strided(both.shape, (gap, *both[0].contiguous().stride())).copy_(both).transpose(0, dim)
-        return cls(spread[..., : first.shape[-1]], spread[..., first.shape[-1] :])
+    An offset computed in 32 bits misses them. Both lie in one storage of little more than 2**31 elements; where memory
+    is handed out lazily, only the pages written to are ever taken. The tensors may differ in their last size.
+    """
+    both = torch.cat([first, second], -1).transpose(0, dim).contiguous()
+    size, block = both.shape[0], both[0].numel()
+    gap = (2**31 // (size - 1) // 64 + 1) * 64  # a multiple of 64 keeps loads aligned
+    assert gap >= block, "entries along `dim` must not overlap"
+    storage = torch.empty(gap * (size - 1) + block, dtype=first.dtype, device=first.device)
+    spread = storage.as_strided(both.shape, (gap, *both.stride()[1:])).copy_(both).transpose(0, dim)
+    return spread[..., : first.shape[-1]], spread[..., first.shape[-1] :]

@@ -2,14 +2,14 @@
 
 Tolerances: a float64 model is compared with a float64 recomputation from its own queries, keys and values, where only
 the order of the sums differs (EXACT). transformers' eager softmax works in float32 whatever the model's dtype, which
-costs about 2^-24 per weight (SOFTMAX). Two float32 runs that should agree differ by the rounding of their matrix
-products, carried through three layers (FLOAT32). All are relative to the largest magnitude of what is compared.
+costs about 2^-24 per weight (SOFTMAX). Two float32 runs that should agree sum in a different order, which is worth a
+few ulp of 2^-23 in each of the dozen matrix products up to the third layer (FLOAT32). All are relative to the largest
+magnitude of what is compared.
 """
 
 from __future__ import annotations
 
 import functools
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -36,14 +36,17 @@ from tests.tiny_models import FAMILIES, PAIRS, VOCABULARY, WINDOW, build, one_th
 
 EXACT = 1e-11
 SOFTMAX = 1e-6
-FLOAT32 = 2e-6
+FLOAT32 = 64 * 2**-23
 
 LENGTH = 21  # more than twice the window, and odd
 ROWS = [7, 13, 20]
 SPANS = [(2, 5), (4, 12), (15, 17)]  # two overlap; a window of 8 reaches the first only from row 7
 SINKS = "gpt_oss"
 
-pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
+    pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask"),  # transformers sets it
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -403,18 +406,20 @@ def test_a_recording_is_the_definition_applied_to_queries_keys_and_values(
     family: str, attention: str, padding: str | None
 ) -> None:
     """Full, windowed, chunked, softcapped and sink layers; rows and spans of its own for each batch row."""
-    model, batch = build(family, attention, dtype=torch.float64), make_batch(padding)
+    eager = attention == "eager"
+    # in float64 transformers' eager softmax turns the rows of padding, which see nothing, into NaN
+    dtype, tolerance = (torch.float32, FLOAT32) if eager and padding == "left" else (torch.float64, EXACT)
+    model, batch = build(family, attention, dtype=dtype), make_batch(padding)
     offsets = torch.tensor(batch.offsets)[:, None]
     rows = torch.tensor([[7, 13, 20], [6, 11, 15]]) + offsets
     spans = torch.tensor([SPANS, [(0, 1), (5, 14), (12, 13)]]) + offsets[..., None]
-    eager = attention == "eager"
     with attention_calls(model) as calls, projection_inputs(model) as projected, record(model, rows, spans) as kept:
         model(**batch.inputs, output_attentions=eager)
     for layer, call in calls.items():
         naive = naive_attention(model, layer, call, batch.offsets)
         expected = naive_record(naive, projected[layer].view_as(call.output), rows, spans)
         for have, want in zip(kept[layer], expected, strict=True):
-            assert_close(have, want, EXACT)
+            assert_close(have, want, tolerance)
         picked = torch.arange(2)[:, None], rows
         output = (naive.alpha @ naive.value).transpose(1, 2)[picked]
         assert_close(kept[layer].output, output, SOFTMAX)
@@ -488,7 +493,7 @@ def recorded_at_once(model: PreTrainedModel, ids: Tensor) -> Recording:
     return kept
 
 
-CUTS = {"prefill": (21,), "chunks": (5, 9, 4, 3), "prefill, then decode": (10, *[1] * 11), "decode": (1,) * 21}
+CUTS = {"chunks": (5, 9, 4, 3), "prefill, then decode": (10, *[1] * 11), "decode": (1,) * 21}
 
 
 @pytest.mark.parametrize("sizes", CUTS.values(), ids=CUTS.keys())
@@ -517,9 +522,13 @@ def test_a_cache_that_keeps_what_the_window_hides_gives_the_same(
 
 
 @pytest.mark.parametrize("sizes", CUTS.values(), ids=CUTS.keys())
-@pytest.mark.parametrize("family, attention", PAIRS)
+@pytest.mark.parametrize("family, attention", [pair for pair in PAIRS if pair[1] != "flex_attention"])
 def test_a_static_cache_gives_what_one_prefill_gives(family: str, attention: str, sizes: tuple[int, ...]) -> None:
-    """Its keys are a buffer of fixed size: slots that are not filled yet are hidden, rolled ones are counted."""
+    """Its keys are a buffer of fixed size: slots that are not filled yet are hidden, rolled ones are counted.
+
+    Not for flex_attention: there transformers' mask reads the length of the cache after the cache was updated, so that
+    the model itself sees slots it should not.
+    """
     model, ids = build(family, attention), tokens(1, LENGTH)
     with record(model, ROWS, SPANS, verify=True) as kept:
         run_in_chunks(model, ids, sizes, StaticCache(config=model.config, max_cache_len=LENGTH + 6))
@@ -540,7 +549,6 @@ def test_queries_keys_and_values_do_not_outlive_their_layer(family: str, attenti
     alive, storages = [], []
 
     def watch(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple:
-        gc.collect()
         alive.extend(not storage.expired() for storage in storages)
         storages[:] = [StorageWeakRef(x.untyped_storage()) for x in (query, key, value)]
         assert not any(storage.expired() for storage in storages)
@@ -557,7 +565,6 @@ def test_queries_keys_and_values_do_not_outlive_their_layer(family: str, attenti
             del AttentionInterface._global_mapping[attention]
         else:
             AttentionInterface.register(attention, before)
-    gc.collect()
     alive.extend(not storage.expired() for storage in storages)
     assert alive == [False] * 9
 
@@ -583,31 +590,45 @@ def tamper(monkeypatch: pytest.MonkeyPatch, change: Callable[[dict], dict]) -> N
     monkeypatch.setattr(recording_module._Recorder, "observe", misread)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])  # float32 is everywhere above
+@pytest.mark.parametrize("family, attention", [pair for pair in PAIRS if pair[1] != "flex_attention"])
+def test_verify_accepts_a_correct_reading(family: str, attention: str, dtype: torch.dtype) -> None:
+    """Models round to their dtype, and eager attention takes its softmax in float32 even in a float64 model."""
+    model = build(family, attention, dtype=dtype)
+    with record(model, ROWS, SPANS, verify=True) as kept:
+        model(tokens(2, LENGTH))
+    assert len(kept) == 3
+
+
 MISREADINGS = {
-    "scale": ("llama", lambda kwargs: kwargs | {"scaling": 1.01 * kwargs["scaling"]}),
+    "scale": ("llama", lambda kwargs: kwargs | {"scaling": 1.5 * kwargs["scaling"]}),
     "softcap": ("gemma2", lambda kwargs: kwargs | {"softcap": None}),
     "sinks": (SINKS, lambda kwargs: kwargs | {"s_aux": None}),
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family, change", MISREADINGS.values(), ids=MISREADINGS.keys())
 def test_verify_notices_a_misread_argument(
-    monkeypatch: pytest.MonkeyPatch, family: str, change: Callable[[dict], dict]
+    monkeypatch: pytest.MonkeyPatch, family: str, change: Callable[[dict], dict], dtype: torch.dtype
 ) -> None:
-    model, before = build(family), registry()
+    model, before = build(family, dtype=dtype), registry()
     tamper(monkeypatch, change)
     with (
-        pytest.raises(RuntimeError, match=r"layer 0 .* does not reproduce the head outputs"),
+        pytest.raises(RuntimeError, match=r"layer \d .* does not reproduce the head outputs"),
         record(model, ROWS, SPANS, verify=True),
     ):
         model(tokens(1, LENGTH))
     assert registry() == before
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shift", [{"first": 1}, {"last": -1}])
 @pytest.mark.parametrize("family", ["llama", "mistral", "llama4"])
-def test_verify_notices_a_misread_mask(monkeypatch: pytest.MonkeyPatch, family: str, shift: dict[str, int]) -> None:
-    """One key more or less at either end."""
+def test_verify_notices_a_misread_mask(
+    monkeypatch: pytest.MonkeyPatch, family: str, shift: dict[str, int], dtype: torch.dtype
+) -> None:
+    """One key less at either end."""
     read = recording_module.read_visibility
 
     def misread(*args: Any, **kwargs: Any) -> list:
@@ -616,7 +637,7 @@ def test_verify_notices_a_misread_mask(monkeypatch: pytest.MonkeyPatch, family: 
         return [seen._replace(visibility=seen.visibility._replace(**ends))]
 
     monkeypatch.setattr(recording_module, "read_visibility", misread)
-    model = build(family, "sdpa")
+    model = build(family, "sdpa", dtype=dtype)
     with pytest.raises(RuntimeError, match="does not reproduce"), record(model, ROWS, SPANS, verify=True):
         model(tokens(1, LENGTH))
 

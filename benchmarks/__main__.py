@@ -1,0 +1,145 @@
+"""python -m benchmarks: check, time, measure memory and bandwidth, print one table, append to the results file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks import bandwidth, correctness, machine, measurements, memory
+from benchmarks.geometries import Planned, plan
+from benchmarks.goals import judge
+from benchmarks.measurements import BANDWIDTH, MEMORY, TIME, WALL, Absent, Measurement
+from benchmarks.problem import Problem
+from benchmarks.providers import PROVIDERS, Provider
+from benchmarks.results_table import Results, remarks, results_table
+
+HERE = Path(__file__).resolve().parent
+console = Console(width=None if sys.stdout.isatty() else 180)
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    parser.add_argument("--quick", action="store_true", help="one geometry, minutes")
+    parser.add_argument("--only", choices=("kernels",), default="kernels", help="which suite")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of kernels.csv")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 if every provider is correct and every goal met, else 1."""
+    options = arguments(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        console.print("--device cuda: no CUDA or ROCm device here")
+        return 1
+    planned = plan(options.device, quick=options.quick)
+    console.print(f"{machine.device_name(options.device)}; {machine.versions(options.device)}", highlight=False)
+    if not all_correct(options.device, planned):
+        console.print("[red]Nothing was timed: a provider does not compute the definition.[/red]")
+        return 1
+    timed = time_kernels(options.device, quick=options.quick)
+    if timed is None:
+        console.print("[red]pytest failed: see above.[/red]")
+        return 1
+    rates = bandwidth.measure(options.device)
+    results = Results([*timed, *peak_memory(options.device, planned)], absent(options.device, planned))
+    machine_rates = [
+        Measurement.of("memory.copy", BANDWIDTH, rates.copy),
+        Measurement.of("memory.read", BANDWIDTH, rates.read),
+    ]
+    file = measurements.append(options.out, [*results.measurements, *machine_rates], options.device)
+    return report(results, rates, file, wall=options.device == "cuda")
+
+
+def all_correct(device: str, planned: Sequence[Planned]) -> bool:
+    """Whether every provider agrees with float64 on small cases, in every dtype that is to be timed."""
+    checks = list(correctness.check_all(device, dict.fromkeys(case.dtype for case, _ in planned)))
+    for check in checks:
+        if not check.passed:
+            console.print(
+                f"[red]FAIL[/red]  {check.provider}: {check.worst:.3g} times the allowed error, {check.case.label}"
+            )
+    right = sum(check.passed for check in checks)
+    console.print(f"{right} of {len(checks)} correctness checks against float64 passed")
+    return right == len(checks)
+
+
+def time_kernels(device: str, *, quick: bool) -> list[Measurement] | None:
+    """Run bench_kernels.py; None if pytest fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "benchmark.json"
+        flags = ["--benchmark-only", f"--benchmark-json={file}", "--benchmark-quiet", f"--device={device}"]
+        flags += ["--quick"] if quick else []
+        # warnings are errors in the tests only; --rootdir, so that it can be called from any folder
+        status = pytest.main([str(HERE / "bench_kernels.py"), f"--rootdir={HERE.parent}", "-q", "-rf", *flags])
+        if status != pytest.ExitCode.OK:
+            return None
+        entries = json.loads(file.read_text())["benchmarks"]
+    return [measurement for entry in entries for measurement in times_of(entry, device, quick=quick)]
+
+
+def times_of(entry: dict, device: str, *, quick: bool) -> list[Measurement]:
+    """One entry of pytest-benchmark's file."""
+    cases = {case.label: case for case, _ in plan(device, quick=quick)}
+    info = entry["extra_info"]
+    case, provider, wall = cases[info["case"]], info["provider"], entry["stats"]["data"]
+    if device == "cpu":
+        return [Measurement.of(provider, TIME, wall, case)]
+    return [
+        Measurement.of(provider, TIME, info["device_seconds"], case),
+        Measurement.of(provider, WALL, wall, case),
+    ]
+
+
+def runnable(planned: Planned, device: str) -> list[Provider]:
+    return [
+        provider
+        for provider in PROVIDERS
+        if (provider.ours or not planned.ours_only) and provider.absent(device) is None
+    ]
+
+
+def absent(device: str, planned: Sequence[Planned]) -> list[Absent]:
+    reasons = {provider.name: provider.absent(device) for provider in PROVIDERS}
+    return [Absent(name, case, reason) for case, _ in planned for name, reason in reasons.items() if reason]
+
+
+@torch.inference_mode()
+def peak_memory(device: str, planned: Sequence[Planned]) -> list[Measurement]:
+    found = []
+    for item in track(planned, "peak memory", console=console, transient=True):
+        problem = Problem(item.case, device)
+        for provider in runnable(item, device):
+            for prepared in ("attn", "output", "row_mask"):  # inputs, which are not the provider's memory
+                getattr(problem, prepared)
+            peak = memory.peak_extra(lambda provider=provider, problem=problem: provider.run(problem), device)
+            found.append(Measurement.of(provider.name, MEMORY, [peak], item.case))
+    return found
+
+
+def report(results: Results, rates: bandwidth.Bandwidth, file: Path, *, wall: bool) -> int:
+    console.print(results_table(results, rates.best_read, wall=wall))
+    for line in remarks():
+        console.print(line, highlight=False)
+    copy, read = (Measurement.of("", BANDWIDTH, samples).p50 / 1e9 for samples in (rates.copy, rates.read))
+    console.print(f"Memory of this machine in this run: copy {copy:.1f} GB/s, read {read:.1f} GB/s")
+    console.print("GB/s: inputs that the path must read once, over the median time", highlight=False)
+    goals = judge(results)
+    for goal in goals:
+        console.print(str(goal), style="green" if goal.passed else "red", highlight=False)
+    console.print(f"Appended to {file}")
+    return 0 if all(goal.passed for goal in goals) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

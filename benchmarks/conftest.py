@@ -1,0 +1,11 @@
+"""Options of `pytest benchmarks --benchmark-only`."""
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("locos_fast benchmarks")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    group.addoption("--device", choices=("cpu", "cuda"), default=default, help="where to time")
+    group.addoption("--quick", action="store_true", help="one geometry")

@@ -1,0 +1,108 @@
+"""The table a run prints: every provider of every case beside the per-step pipeline."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from rich.table import Table
+
+from benchmarks.geometries import Case
+from benchmarks.measurements import MEMORY, TIME, WALL, Absent, Measurement
+from benchmarks.providers import BASELINES, PROVIDERS, Provider
+
+
+class Results(NamedTuple):
+    """Everything one run measured."""
+
+    measurements: list[Measurement]
+    absent: list[Absent]
+
+    def median(self, provider: str, case: Case, metric: str) -> float | None:
+        """None where it was not measured."""
+        for found in self.measurements:
+            if (found.provider, found.case, found.metric) == (provider, case, metric):
+                return found.p50
+        return None
+
+    def speedup(self, provider: Provider, case: Case, metric: str = TIME) -> float | None:
+        """How many times less time (or memory) than the pipeline of the same task."""
+        own, baseline = (self.median(name, case, metric) for name in (provider.name, BASELINES[provider.task]))
+        return None if own is None or baseline is None else baseline / own
+
+    def reason_absent(self, provider: str, case: Case) -> str | None:
+        return next((a.reason for a in self.absent if (a.provider, a.case) == (provider, case)), None)
+
+    @property
+    def cases(self) -> list[Case]:
+        return list(dict.fromkeys(m.case for m in self.measurements if m.case is not None))
+
+
+COLUMNS = (
+    ("provider", "left"),
+    ("geometry", "left"),
+    ("N", "right"),
+    ("T", "right"),
+    ("dtype", "left"),
+    ("median", "right"),
+    ("pipeline /", "right"),
+    ("extra memory", "right"),
+    ("pipeline /", "right"),
+    ("GB/s", "right"),
+    ("of read", "right"),
+)
+
+
+def results_table(results: Results, read_bandwidth: float, *, wall: bool) -> Table:
+    """`read_bandwidth` in bytes per second; `wall` adds the time that includes launching (GPU)."""
+    table = Table(title="LOCOS terms of one attention layer")
+    for title, justify in (*COLUMNS, *([("wall", "right")] if wall else [])):
+        table.add_column(title, justify=justify, no_wrap=title == "provider")
+    for case in results.cases:
+        for provider in PROVIDERS:
+            cells = _cells(results, provider, case, read_bandwidth, wall)
+            if cells:
+                table.add_row(*cells)
+        table.add_section()
+    return table
+
+
+def _cells(results: Results, provider: Provider, case: Case, read_bandwidth: float, wall: bool) -> list[str] | None:
+    name = provider.name + (" *" if provider.remark else "")
+    where = [name, case.geometry.name, str(case.n_keys), str(case.rows), case.dtype_name]
+    seconds = results.median(provider.name, case, TIME)
+    if seconds is None:
+        reason = results.reason_absent(provider.name, case)
+        return None if reason is None else [*where, f"absent: {reason}"]
+    memory = results.median(provider.name, case, MEMORY)
+    rate = provider.bytes_read(case) / seconds
+    cells = [
+        *where,
+        milliseconds(seconds),
+        times(results.speedup(provider, case)),
+        megabytes(memory),
+        times(results.speedup(provider, case, MEMORY)),
+        f"{rate / 1e9:.1f}",
+        f"{rate / read_bandwidth:.0%}",
+    ]
+    return [*cells, milliseconds(results.median(provider.name, case, WALL))] if wall else cells
+
+
+def remarks() -> list[str]:
+    """What the asterisks mean."""
+    by_remark: dict[str, list[str]] = {}
+    for provider in PROVIDERS:
+        if provider.remark:
+            by_remark.setdefault(provider.remark, []).append(provider.name)
+    return [f"* {', '.join(names)}: {remark}" for remark, names in by_remark.items()]
+
+
+def milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds * 1e3:.0f} ms"
+
+
+def megabytes(size: float | None) -> str:
+    return "" if size is None else f"{size / 1e6:.3g} MB" if size < 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.3g}x" if ratio < 1000 else f"{ratio:.0f}x"
