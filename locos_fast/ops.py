@@ -76,8 +76,8 @@ def ov_contribution(
             f"{_shape(visible)} {visible.dtype}",
         )
         _check_device("visible", visible, attn)
-    table = span_table(spans, batch).to(attn.device)
     implementation = _implementation(backend, attn)
+    table = _placed(span_table(spans, batch), attn, implementation)
     if implementation is reference:
         attn, value = (x.to(reference.result_dtype(x)) for x in (attn, value))
     return cast(Contributions, implementation.ov_contribution(attn, value, direction, table, visible=visible))
@@ -109,8 +109,8 @@ def attention_contribution(
     """
     checked = _check_attention(query, key, value, visibility, scale, softcap, sinks)
     _check_direction(direction, (*query.shape[:3], value.shape[3]), query)
-    table = span_table(spans, query.shape[0]).to(query.device)
     implementation = _implementation(backend, query)
+    table = _placed(span_table(spans, query.shape[0]), query, implementation)
     if implementation is reference:
         query, key, value = (x.to(reference.result_dtype(x)) for x in (query, key, value))
     return cast(Contributions, implementation.attention_contribution(query, key, value, direction, table, **checked))
@@ -135,8 +135,8 @@ def attention_summary(
     of `attention_contribution` for any direction chosen afterwards.
     """
     checked = _check_attention(query, key, value, visibility, scale, softcap, sinks)
-    table = span_table(spans, query.shape[0]).to(query.device)
     implementation = _implementation(backend, query)
+    table = _placed(span_table(spans, query.shape[0]), query, implementation)
     if implementation is reference:
         query, key, value = (x.to(reference.result_dtype(x)) for x in (query, key, value))
     return cast(Summary, implementation.attention_summary(query, key, value, table, **checked))
@@ -188,6 +188,11 @@ def span_table(spans: Spans, batch: int) -> Tensor:
     for s, e in zip(start.tolist(), end.tolist(), strict=True):
         _require(0 <= s < e, "spans", "0 <= start < end", f"({s}, {e})")
     return table
+
+
+def _placed(table: Tensor, like: Tensor, implementation: ModuleType) -> Tensor:
+    """The table where the backend wants it: Triton's launcher plans on the host and never waits for the device."""
+    return table.to(like.device) if implementation in (reference, torch_ops) else table
 
 
 def triton_available() -> bool:

@@ -68,11 +68,9 @@ class SpanPlan(NamedTuple):
     local: int  # most spans that may reach into one tile
 
     @classmethod
-    def of(cls, columns: Tensor, batch: int, n_keys: int, block_n: int) -> SpanPlan:
-        """`columns` is (B or 1, S, 2) on any device; the table is computed on the host."""
-        device = columns.device
-        flat = tuple(columns.flatten().tolist())
-        return _span_plan(flat, columns.shape[0], batch, n_keys, block_n, device)
+    def of(cls, columns: Tensor, batch: int, n_keys: int, block_n: int, device: torch.device) -> SpanPlan:
+        """`columns` is (B or 1, S, 2) on the host, where the table is computed."""
+        return _span_plan(_flat(columns), columns.shape[0], batch, n_keys, block_n, device)
 
     def passes(self) -> Iterator[tuple[int, int]]:
         """(pass number, spans per tile in it) of each launch."""
@@ -85,6 +83,20 @@ class SpanPlan(NamedTuple):
         if self.unsort is None:
             return sums
         return sums.gather(-1, self.unsort[:, None, None].expand_as(sums))
+
+
+def _flat(spans: Tensor) -> tuple[int, ...]:
+    return tuple(spans.flatten().tolist())
+
+
+def _on_device(spans: Tensor, device: torch.device) -> Tensor:
+    """`spans` on `device`; copied once, so that no later call with the same spans waits for the device."""
+    return _copied(_flat(spans), spans.shape[0], device)
+
+
+@lru_cache(maxsize=64)
+def _copied(flat: tuple[int, ...], batch_rows: int, device: torch.device) -> Tensor:
+    return torch.tensor(flat, device=device).view(batch_rows, -1, 2)
 
 
 @lru_cache(maxsize=16)
@@ -163,7 +175,7 @@ def _combine_splits(
     argmax = torch.empty((batch, heads, steps), dtype=torch.int64, device=query.device)
     combine_splits[grid.row_blocks, batch * kv_heads](
         *partials,
-        lse if sinks is None else sinks,  # never read without sinks
+        lse if sinks is None else sinks.contiguous(),  # never read without sinks
         largest,
         inverse,
         lse,
@@ -272,7 +284,7 @@ def attention_contribution(
     batch, heads, steps, head_dim = query.shape
     kv_heads, n_keys, value_dim = value.shape[1:]
     grid = Grid.of(query, key, value)
-    plan = SpanPlan.of(spans - visibility.kv_offset, batch, n_keys, grid.tile.block_n)
+    plan = SpanPlan.of(spans - visibility.kv_offset, batch, n_keys, grid.tile.block_n, query.device)
     attention = Attention.of(query, visibility, scale, softcap)
     partials = Partials.allocate(grid, batch * kv_heads, plan.pairs, kv_heads, query.device)
     with _on(query.device):
@@ -323,7 +335,7 @@ def attention_contribution(
         lse=rows.lse,
         argmax=rows.argmax,
         visible=count_visible(visibility, batch, n_keys),
-        span_visible=count_span_visible(visibility, spans, batch, n_keys),
+        span_visible=count_span_visible(visibility, _on_device(spans, query.device), batch, n_keys),
     )
 
 
@@ -342,6 +354,7 @@ def attention_summary(
     query, key, value = map(_readable, (query, key, value))
     batch, heads, steps, head_dim = query.shape
     kv_heads, n_keys, value_dim = value.shape[1:]
+    spans = _on_device(spans, query.device)
     n_spans = spans.shape[1]
     grid = Grid.of(query, key, key)
     attention = Attention.of(query, visibility, scale, softcap)
@@ -441,7 +454,7 @@ def ov_contribution(
     batch, heads, steps, n_keys = attn.shape
     kv_heads, value_dim = value.shape[1], value.shape[3]
     grid = Grid.of(attn, value, value)
-    plan = SpanPlan.of(spans, batch, n_keys, grid.tile.block_n)
+    plan = SpanPlan.of(spans, batch, n_keys, grid.tile.block_n, attn.device)
     partials = Partials.allocate(grid, batch * kv_heads, plan.pairs, kv_heads, attn.device)
     total_mass, total = torch.empty((2, batch, heads, steps), device=attn.device)
     argmax = torch.empty((batch, heads, steps), dtype=torch.int64, device=attn.device)
@@ -485,6 +498,7 @@ def ov_contribution(
             BLOCK_S=COMBINED_AT_ONCE,
         )
         mass, span = _combine_spans(plan, partials, None, attn, kv_heads, grid)
+    spans = _on_device(spans, attn.device)
     everything = Visibility(spans.new_zeros(steps), spans.new_full((steps,), n_keys))
     return Contributions(
         span=span,

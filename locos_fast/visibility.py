@@ -72,8 +72,9 @@ class Visibility(NamedTuple):
 
 def count_visible(visibility: Visibility, batch: int, n_keys: int) -> Tensor:
     """Number of visible keys per row, (B, T) int64."""
-    everything = torch.tensor([[[visibility.kv_offset, visibility.kv_offset + n_keys]]])
-    return count_span_visible(visibility, everything.to(visibility.first.device), batch, n_keys)[..., 0]
+    everything = visibility.first.new_full((1, 1, 2), visibility.kv_offset)  # a copy from the host would wait
+    everything[..., 1] += n_keys
+    return count_span_visible(visibility, everything, batch, n_keys)[..., 0]
 
 
 def count_span_visible(visibility: Visibility, spans: Tensor, batch: int, n_keys: int) -> Tensor:
