@@ -7,6 +7,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,11 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks import bandwidth, correctness, machine, measurements, memory
-from benchmarks.geometries import Planned, plan
+from benchmarks.geometries import Case, Planned, plan
 from benchmarks.goals import judge
 from benchmarks.measurements import BANDWIDTH, MEMORY, TIME, WALL, Absent, Measurement
 from benchmarks.problem import Problem
-from benchmarks.providers import PROVIDERS, Provider
+from benchmarks.providers import PROVIDERS
 from benchmarks.results_table import Results, remarks, results_table
 
 HERE = Path(__file__).resolve().parent
@@ -47,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not all_correct(options.device, planned):
         console.print("[red]Nothing was timed: a provider does not compute the definition.[/red]")
         return 1
-    timed = time_kernels(options.device, quick=options.quick)
-    if timed is None:
+    results = time_kernels(options.device, planned, quick=options.quick)
+    if results is None:
         console.print("[red]pytest failed: see above.[/red]")
         return 1
     rates = bandwidth.measure(options.device)
-    results = Results([*timed, *peak_memory(options.device, planned)], absent(options.device, planned))
+    results = results._replace(measurements=[*results.measurements, *peak_memory(options.device, results)])
     machine_rates = [
         Measurement.of("memory.copy", BANDWIDTH, rates.copy),
         Measurement.of("memory.read", BANDWIDTH, rates.read),
@@ -66,33 +67,44 @@ def all_correct(device: str, planned: Sequence[Planned]) -> bool:
     checks = list(correctness.check_all(device, dict.fromkeys(case.dtype for case, _ in planned)))
     for check in checks:
         if not check.passed:
-            console.print(
-                f"[red]FAIL[/red]  {check.provider}: {check.worst:.3g} times the allowed error, {check.case.label}"
-            )
+            problem = check.error or f"{check.worst:.3g} times the allowed error"
+            console.print(f"FAIL  {check.provider}: {problem}, {check.case.label}", style="red", markup=False)
     right = sum(check.passed for check in checks)
     console.print(f"{right} of {len(checks)} correctness checks against float64 passed")
     return right == len(checks)
 
 
-def time_kernels(device: str, *, quick: bool) -> list[Measurement] | None:
+class Skips:
+    """A pytest plugin that collects what was skipped and why."""
+
+    def __init__(self) -> None:
+        self.found: list[dict[str, str]] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.skipped:
+            self.found.append(dict(report.user_properties))
+
+
+def time_kernels(device: str, planned: Sequence[Planned], *, quick: bool) -> Results | None:
     """Run bench_kernels.py; None if pytest fails."""
+    skips = Skips()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "benchmark.json"
         flags = ["--benchmark-only", f"--benchmark-json={file}", "--benchmark-quiet", f"--device={device}"]
         flags += ["--quick"] if quick else []
-        # warnings are errors in the tests only; --rootdir, so that it can be called from any folder
-        status = pytest.main([str(HERE / "bench_kernels.py"), f"--rootdir={HERE.parent}", "-q", "-rf", *flags])
-        if status != pytest.ExitCode.OK:
+        paths = [str(HERE / "bench_kernels.py"), f"--rootdir={HERE.parent}"]  # callable from any folder
+        if pytest.main([*paths, "-q", *flags], plugins=[skips]) != pytest.ExitCode.OK:
             return None
         entries = json.loads(file.read_text())["benchmarks"]
-    return [measurement for entry in entries for measurement in times_of(entry, device, quick=quick)]
+    cases = {case.label: case for case, _ in planned}
+    timed = [measurement for entry in entries for measurement in times_of(entry, device, cases)]
+    return Results(timed, [Absent(skip["provider"], cases[skip["case"]], skip["reason"]) for skip in skips.found])
 
 
-def times_of(entry: dict, device: str, *, quick: bool) -> list[Measurement]:
-    """One entry of pytest-benchmark's file."""
-    cases = {case.label: case for case, _ in plan(device, quick=quick)}
-    info = entry["extra_info"]
-    case, provider, wall = cases[info["case"]], info["provider"], entry["stats"]["data"]
+def times_of(entry: dict, device: str, cases: dict[str, Case]) -> list[Measurement]:
+    """One entry of pytest-benchmark's file; `cases` by label."""
+    info, wall = entry["extra_info"], entry["stats"]["data"]
+    case, provider = cases[info["case"]], info["provider"]
     if device == "cpu":
         return [Measurement.of(provider, TIME, wall, case)]
     return [
@@ -101,35 +113,24 @@ def times_of(entry: dict, device: str, *, quick: bool) -> list[Measurement]:
     ]
 
 
-def runnable(planned: Planned, device: str) -> list[Provider]:
-    return [
-        provider
-        for provider in PROVIDERS
-        if (provider.ours or not planned.ours_only) and provider.absent(device) is None
-    ]
-
-
-def absent(device: str, planned: Sequence[Planned]) -> list[Absent]:
-    reasons = {provider.name: provider.absent(device) for provider in PROVIDERS}
-    return [Absent(name, case, reason) for case, _ in planned for name, reason in reasons.items() if reason]
-
-
 @torch.inference_mode()
-def peak_memory(device: str, planned: Sequence[Planned]) -> list[Measurement]:
+def peak_memory(device: str, results: Results) -> list[Measurement]:
+    """The peak extra memory of everything that was timed."""
     found = []
-    for item in track(planned, "peak memory", console=console, transient=True):
-        problem = Problem(item.case, device)
-        for provider in runnable(item, device):
-            for prepared in ("attn", "output", "row_mask"):  # inputs, which are not the provider's memory
-                getattr(problem, prepared)
-            peak = memory.peak_extra(lambda provider=provider, problem=problem: provider.run(problem), device)
-            found.append(Measurement.of(provider.name, MEMORY, [peak], item.case))
+    for case in track(results.cases, "peak memory", console=console, transient=True):
+        problem = Problem(case, device)
+        for prepared in ("attn", "output", "row_mask"):  # inputs, which are not the provider's memory
+            getattr(problem, prepared)
+        for provider in PROVIDERS:
+            if results.median(provider.name, case, TIME) is not None:
+                peak = memory.peak_extra(partial(provider.run, problem), device)
+                found.append(Measurement.of(provider.name, MEMORY, [peak], case))
     return found
 
 
 def report(results: Results, rates: bandwidth.Bandwidth, file: Path, *, wall: bool) -> int:
     console.print(results_table(results, rates.best_read, wall=wall))
-    for line in remarks():
+    for line in remarks(results):
         console.print(line, highlight=False)
     copy, read = (Measurement.of("", BANDWIDTH, samples).p50 / 1e9 for samples in (rates.copy, rates.read))
     console.print(f"Memory of this machine in this run: copy {copy:.1f} GB/s, read {read:.1f} GB/s")

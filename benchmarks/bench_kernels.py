@@ -34,20 +34,29 @@ def problem_of(case: Case, device: str) -> Problem:
     return Problem(case, device)
 
 
+def skip(item: pytest.Item, case: Case, provider: Provider, reason: str) -> None:
+    """Skip, and leave in the report what `python -m benchmarks` lists as absent."""
+    item.user_properties += [("case", case.label), ("provider", provider.name), ("reason", reason)]
+    pytest.skip(reason)
+
+
 @torch.inference_mode()
 def test_kernel(benchmark, request: pytest.FixtureRequest, case: Case, provider: Provider) -> None:
     device = request.config.getoption("device")
     reason = provider.absent(device)
     benchmark.group = case.label
     if reason is not None:
-        pytest.skip(reason)
+        skip(request.node, case, provider, reason)
     problem = problem_of(case, device)
 
     def run() -> None:
         provider.run(problem)
         timing.synchronise(device)
 
-    rounds = timing.rounds_for(run, device)
+    try:
+        rounds = timing.rounds_for(run, device)
+    except torch.OutOfMemoryError:
+        skip(request.node, case, provider, "out of memory")
     benchmark.extra_info.update(provider=provider.name, case=case.label)
     if device == "cuda":
         benchmark.extra_info["device_seconds"] = timing.device_seconds(lambda: provider.run(problem), rounds)

@@ -8,6 +8,7 @@ size is sum_j alpha_j c_j (|w| . |v_j|) over the keys of the sum, c_j = 1 + scal
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from locos_fast import ops, reference
 
 SMALL = (
     Geometry("small", 8, 2, 64),
-    Geometry("small, window", 6, 2, 32, window=256),
+    Geometry("small, window", 8, 4, 64, window=256),
 )
 SMALL_CONTEXT, SMALL_ROWS = 777, 5
 UNIT = 8 * 2.0**-24
@@ -33,6 +34,7 @@ class Check(NamedTuple):
     provider: str
     case: Case
     worst: float  # largest share of the allowed error; above 1 is a failure
+    error: str = ""  # what it raised instead
 
     @property
     def passed(self) -> bool:
@@ -47,7 +49,15 @@ def check_all(device: str, dtypes: Iterable[torch.dtype]) -> Iterator[Check]:
             truth, allowed = bound(problem)
             for provider in PROVIDERS:
                 if provider.absent(device) is None:
-                    yield Check(provider.name, problem.case, worst_share(provider, problem, truth, allowed))
+                    yield check(provider, problem, truth, allowed)
+
+
+def check(provider: Provider, problem: Problem, truth: Terms, allowed: Terms) -> Check:
+    """One provider on one case; an exception is a failed check."""
+    try:
+        return Check(provider.name, problem.case, worst_share(provider, problem, truth, allowed))
+    except Exception as error:
+        return Check(provider.name, problem.case, math.nan, f"{type(error).__name__}: {error}")
 
 
 @torch.inference_mode()

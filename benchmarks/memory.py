@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler announces itself on stderr otherwise
 
 
 def peak_extra(run: Callable[[], object], device: str) -> int:

@@ -4,8 +4,7 @@ Per step: transformers' own eager attention for one query row (which repeats key
 values repeated again, the contribution of every position, and its sum inside and outside the needle. Left out, all in
 its favour: the direction W_O^T u is given instead of recomputed per step and layer, the attention weights are not sent
 to the CPU and back, and steps that are not part of the answer are not run. Counted against it: the head output, which
-eager attention computes with the weights and a model needs anyway (NOTES.md gives the comparison with that added to
-ours).
+eager attention computes with the weights and a model needs anyway (NOTES.md compares again with that added to ours).
 """
 
 from __future__ import annotations

@@ -121,8 +121,8 @@ def by_flex(problem: Problem) -> Terms:
         return_aux=AuxRequest(lse=True),
     )
     start, end = problem.case.needle
-    scores = problem.stacked(problem.query) @ problem.key[:, :, start:end].mT * problem.scale
-    alpha = (scores.float() - problem.stacked(aux.lse[..., None])).exp()
+    scores = problem.stacked(problem.query).float() @ problem.key[:, :, start:end].float().mT * problem.scale
+    alpha = (scores - problem.stacked(aux.lse[..., None])).exp()
     projected = problem.stacked(problem.direction) @ problem.value[:, :, start:end].float().mT
     span = (alpha * projected).sum(-1).reshape(aux.lse.shape)
     return terms(problem, span, (output * problem.direction).sum(-1))

@@ -44,9 +44,9 @@ COLUMNS = (
     ("T", "right"),
     ("dtype", "left"),
     ("median", "right"),
-    ("pipeline /", "right"),
+    ("faster", "right"),
     ("extra memory", "right"),
-    ("pipeline /", "right"),
+    ("less", "right"),
     ("GB/s", "right"),
     ("of read", "right"),
 )
@@ -54,7 +54,7 @@ COLUMNS = (
 
 def results_table(results: Results, read_bandwidth: float, *, wall: bool) -> Table:
     """`read_bandwidth` in bytes per second; `wall` adds the time that includes launching (GPU)."""
-    table = Table(title="LOCOS terms of one attention layer")
+    table = Table(title="LOCOS terms of one attention layer, compared with the per-step pipeline")
     for title, justify in (*COLUMNS, *([("wall", "right")] if wall else [])):
         table.add_column(title, justify=justify, no_wrap=title == "provider")
     for case in results.cases:
@@ -71,8 +71,7 @@ def _cells(results: Results, provider: Provider, case: Case, read_bandwidth: flo
     where = [name, case.geometry.name, str(case.n_keys), str(case.rows), case.dtype_name]
     seconds = results.median(provider.name, case, TIME)
     if seconds is None:
-        reason = results.reason_absent(provider.name, case)
-        return None if reason is None else [*where, f"absent: {reason}"]
+        return [*where, "absent"] if results.reason_absent(provider.name, case) else None
     memory = results.median(provider.name, case, MEMORY)
     rate = provider.bytes_read(case) / seconds
     cells = [
@@ -87,13 +86,11 @@ def _cells(results: Results, provider: Provider, case: Case, read_bandwidth: flo
     return [*cells, milliseconds(results.median(provider.name, case, WALL))] if wall else cells
 
 
-def remarks() -> list[str]:
-    """What the asterisks mean."""
-    by_remark: dict[str, list[str]] = {}
-    for provider in PROVIDERS:
-        if provider.remark:
-            by_remark.setdefault(provider.remark, []).append(provider.name)
-    return [f"* {', '.join(names)}: {remark}" for remark, names in by_remark.items()]
+def remarks(results: Results) -> list[str]:
+    """What the asterisks mean, and why providers are absent."""
+    starred = dict.fromkeys(f"* {provider.name}: {provider.remark}" for provider in PROVIDERS if provider.remark)
+    missing = dict.fromkeys(f"absent: {absent.provider}: {absent.reason}" for absent in results.absent)
+    return [*starred, *missing]
 
 
 def milliseconds(seconds: float | None) -> str:

@@ -111,7 +111,8 @@ def test_a_projection_that_is_only_a_forward_is_pushed_through(dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_bias_of_a_projection_that_is_pushed_through_is_taken_off(dtype: torch.dtype) -> None:
     projection = Int8Linear(dtype, bias=True)
-    assert_within_rounding(projection, random_direction(dtype), pushed_bias=float(projection.bias.detach().abs().max()))
+    bias = float(projection.bias.detach().abs().max())
+    assert_within_rounding(projection, random_direction(dtype), pushed_bias=bias)
 
 
 def test_a_projection_without_any_floating_point_number_is_pushed_through() -> None:

@@ -73,7 +73,7 @@ def test_answers_at_2000_tokens(models: dict[torch.dtype, PlantedModel], dtype: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "kind"), zip(DTYPES, KINDS, strict=True))
+@pytest.mark.parametrize(("dtype", "kind"), list(zip(DTYPES, KINDS, strict=True)))
 def test_answers_at_8000_tokens(models: dict[torch.dtype, PlantedModel], dtype: torch.dtype, kind: str) -> None:
     assert recall(models[dtype].model, [planted.trial(8000, kind, depth=60, seed=7)]) == 1.0
 

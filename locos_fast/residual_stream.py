@@ -1,0 +1,213 @@
+"""Follow the residual stream through one forward pass, at the answer rows only.
+
+`trace` puts hooks on the decoder's layers, on their direct children and on the unembedding, keeps the answer rows of what
+goes in and comes out, and takes the hooks off again. From that, `attention_path` finds out how a layer's attention output
+reaches the stream: through a norm of its own, times a multiplier, before or beside the rest of the layer. Nothing is known
+by model name; a layer whose path cannot be followed is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from locos_fast.architecture import AttentionLayer, UnsupportedModelError, attention_layers, decoder, unembedding
+from locos_fast.norms import FrozenNorm, freeze
+
+SLACK = 64  # rounding errors of the model's dtype that a sum in the stream may differ by
+
+
+class Passage(NamedTuple):
+    """One call of a module, (T, width) at the answer rows."""
+
+    module: nn.Module
+    inputs: Tensor
+    outputs: Tensor
+
+
+class LayerTrace(NamedTuple):
+    """What one decoder layer did at the answer rows."""
+
+    module: nn.Module
+    inputs: Tensor  # (T, hidden) residual stream in front of the layer
+    outputs: Tensor  # (T, hidden) and behind it
+    children: list[Passage]  # calls of its direct children, in order
+
+
+class StreamTrace:
+    """The residual stream of one forward pass, at the answer rows."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.layers: dict[int, LayerTrace] = {}  # layer number -> what it did
+        self.projected: dict[int, Passage] = {}  # attention layer number -> its output projection
+        self.final: list[Passage] = []  # calls of the decoder's own children, layers left out
+        self.unembedding: Passage | None = None
+
+    def final_norm(self) -> Passage | None:
+        """The call that made the unembedding's input; None if the last layer's output went there as it was."""
+        assert self.unembedding is not None
+        for passage in reversed(self.final):
+            if _same(passage.outputs, self.unembedding.inputs):
+                return passage
+        return None
+
+
+@contextlib.contextmanager
+def trace(model: PreTrainedModel, rows: Sequence[int]) -> Iterator[StreamTrace]:
+    """Keep the residual stream at `rows` of the one forward pass inside the context.
+
+    The pass must be a single prefill of one prompt without a cache, with logits for `rows` only or for all tokens.
+    """
+    result = StreamTrace(model)
+    tracer = _Tracer(result, list(rows))
+    with contextlib.ExitStack() as hooks:
+        for hook in tracer.hooks(model):
+            hooks.callback(hook.remove)
+        yield result
+
+
+class _Tracer:
+    """The hooks of one trace."""
+
+    def __init__(self, result: StreamTrace, rows: list[int]) -> None:
+        self.result, self.rows = result, rows
+        self.children: dict[int, list[Passage]] = {}
+
+    def hooks(self, model: PreTrainedModel) -> Iterator[Any]:
+        stack = decoder(model)
+        layers = decoder_layers(stack)
+        for number, layer in enumerate(layers):
+            for child in layer.children():
+                yield child.register_forward_hook(self._into(self.children.setdefault(number, [])), with_kwargs=True)
+            yield layer.register_forward_hook(self._layer(number), with_kwargs=True)
+        for child in stack.children():
+            if not isinstance(child, nn.ModuleList):
+                yield child.register_forward_hook(self._into(self.result.final), with_kwargs=True)
+        for attention in attention_layers(model):
+            yield attention.projection.register_forward_hook(self._projection(attention.number), with_kwargs=True)
+        yield unembedding(model).register_forward_hook(self._unembedding, with_kwargs=True)
+
+    def _rows(self, x: Any) -> Tensor | None:
+        x = x[0] if isinstance(x, tuple) else x
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
+            return None
+        flat = x.detach().reshape(-1, x.shape[-1])
+        if len(flat) == len(self.rows):
+            return flat.clone()
+        return flat[self.rows] if len(flat) > max(self.rows) else None
+
+    def _passage(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Passage | None:
+        given = args[0] if args else next((x for x in kwargs.values() if isinstance(x, Tensor)), None)
+        inputs, outputs = self._rows(given), self._rows(output)
+        return None if inputs is None or outputs is None else Passage(module, inputs, outputs)
+
+    def _into(self, calls: list[Passage]) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            passage = self._passage(module, args, kwargs, output)
+            if passage is not None:
+                calls.append(passage)
+
+        return hook
+
+    def _layer(self, number: int) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            passage = self._passage(module, args, kwargs, output)
+            if passage is not None:
+                self.result.layers[number] = LayerTrace(*passage, self.children.get(number, []))
+
+        return hook
+
+    def _projection(self, number: int) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            passage = self._passage(module, args, kwargs, output)
+            if passage is not None:
+                self.result.projected[number] = passage
+
+        return hook
+
+    def _unembedding(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        self.result.unembedding = self._passage(module, args, kwargs, output)
+
+
+def decoder_layers(stack: nn.Module) -> nn.ModuleList:
+    """The list of decoder layers: the direct child list whose members hold attention, or the longest one."""
+    lists = [child for child in stack.children() if isinstance(child, nn.ModuleList)]
+    if not lists:
+        raise UnsupportedModelError(f"{type(stack).__name__} keeps its layers in no module list")
+    return max(lists, key=len)
+
+
+class AttentionPath(NamedTuple):
+    """How one layer's attention output reaches the residual stream: stream += multiplier * norm(output)."""
+
+    norm: FrozenNorm | None
+    multiplier: float
+    write: Tensor  # (T, hidden) what the stream received, measured as a difference in the stream where that is possible
+    layer_scale: float  # the whole stream is multiplied by this at the end of the layer
+
+
+def attention_path(layer: LayerTrace, attention: AttentionLayer) -> AttentionPath:
+    """Follow a layer's attention output into the stream.
+
+    Raises UnsupportedModelError, naming the layer, if what the stream received is not a multiple of that output.
+    """
+    at, output = _attention_call(layer, attention)
+    norm_call = next((call for call in layer.children[at + 1 :] if _same(call.inputs, output)), None)
+    norm = None if norm_call is None else freeze(norm_call.module, norm_call.inputs, norm_call.outputs)
+    added = (output if norm_call is None else norm_call.outputs).to(_dtype(output))
+    scale = float(getattr(layer.module, "layer_scalar", 1.0))
+    start = layer.inputs.to(added)
+    candidates = _multipliers(layer.module)
+    # sequential layers: something after the attention (the next norm) takes in the stream with the attention's write
+    for call in layer.children[at + 1 :]:
+        if call is norm_call or call.inputs.shape != start.shape:
+            continue
+        middle = call.inputs.to(added) - start
+        for multiplier in candidates:
+            if _close(middle, multiplier * added, start, output.dtype):
+                return AttentionPath(norm, multiplier, middle, scale)
+    # parallel layers: the stream receives the attention and another block's output at once
+    whole = layer.outputs.to(added) / scale - start
+    for call in layer.children:
+        if call.outputs.shape != start.shape:
+            continue
+        middle = whole - call.outputs.to(added)
+        if _close(middle, added, start, output.dtype):
+            return AttentionPath(norm, 1.0, middle, scale)
+    raise UnsupportedModelError(
+        f"layer {attention.number} ({type(layer.module).__name__}): cannot follow the output of "
+        f"{type(attention.module).__name__} into the residual stream"
+    )
+
+
+def _attention_call(layer: LayerTrace, attention: AttentionLayer) -> tuple[int, Tensor]:
+    for at, call in enumerate(layer.children):
+        if any(module is attention.module for module in call.module.modules()):
+            return at, call.outputs
+    raise UnsupportedModelError(f"layer {attention.number} does not call its {type(attention.module).__name__}")
+
+
+def _multipliers(layer: nn.Module) -> list[float]:
+    """Factors a layer may put in front of what it adds to the stream, by the names in use."""
+    declared = getattr(layer, "residual_multiplier", None)
+    return [1.0] if declared is None else [float(declared), 1.0]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.device == b.device and torch.equal(a, b)
+
+
+def _close(a: Tensor, b: Tensor, size: Tensor, dtype: torch.dtype) -> bool:
+    """Equal up to the rounding of a sum with `size` in `dtype`."""
+    allowed = SLACK * torch.finfo(dtype).eps * (size.norm() + b.norm())
+    return bool((a - b).norm() <= allowed) and bool(b.norm() > allowed or a.norm() <= allowed)
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
