@@ -2,4 +2,4 @@
 
 import os
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # read when torch is imported: its profiler announces itself otherwise
+os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # read when torch is imported: its profiler announces itself otherwise

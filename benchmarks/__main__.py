@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks import bandwidth, correctness, machine, measurements, memory
+from benchmarks import bandwidth, correctness, machine, measurements, memory, notes
 from benchmarks.geometries import Case, Planned, plan
 from benchmarks.goals import judge
 from benchmarks.measurements import BANDWIDTH, MEMORY, TIME, WALL, Absent, Measurement
@@ -34,6 +34,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one geometry, minutes")
     parser.add_argument("--only", choices=("kernels",), default="kernels", help="which suite")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of kernels.csv")
+    parser.add_argument("--notes", action="store_true", help="also replace this device's table in benchmarks/NOTES.md")
     return parser.parse_args(argv)
 
 
@@ -59,7 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         Measurement.of("memory.read", BANDWIDTH, rates.read),
     ]
     file = measurements.append(options.out, [*results.measurements, *machine_rates], options.device)
-    return report(results, rates, file, wall=options.device == "cuda")
+    console.print(results_table(results, rates.best_read, wall=options.device == "cuda"))
+    goals = judge(results)
+    conclusions = [*map(str, goals), rates.summary()]
+    for line in [*conclusions, *remarks(results), f"Appended to {file}"]:
+        console.print(line, highlight=False, markup=False)
+    if options.notes:
+        notes.write(results, rates.best_read, conclusions, options.device)
+    return 0 if all(goal.passed for goal in goals) else 1
 
 
 def all_correct(device: str, planned: Sequence[Planned]) -> bool:
@@ -126,20 +134,6 @@ def peak_memory(device: str, results: Results) -> list[Measurement]:
                 peak = memory.peak_extra(partial(provider.run, problem), device)
                 found.append(Measurement.of(provider.name, MEMORY, [peak], case))
     return found
-
-
-def report(results: Results, rates: bandwidth.Bandwidth, file: Path, *, wall: bool) -> int:
-    console.print(results_table(results, rates.best_read, wall=wall))
-    for line in remarks(results):
-        console.print(line, highlight=False)
-    copy, read = (Measurement.of("", BANDWIDTH, samples).p50 / 1e9 for samples in (rates.copy, rates.read))
-    console.print(f"Memory of this machine in this run: copy {copy:.1f} GB/s, read {read:.1f} GB/s")
-    console.print("GB/s: inputs that the path must read once, over the median time", highlight=False)
-    goals = judge(results)
-    for goal in goals:
-        console.print(str(goal), style="green" if goal.passed else "red", highlight=False)
-    console.print(f"Appended to {file}")
-    return 0 if all(goal.passed for goal in goals) else 1
 
 
 if __name__ == "__main__":

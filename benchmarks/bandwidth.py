@@ -24,6 +24,10 @@ class Bandwidth(NamedTuple):
         """The ceiling of a kernel that only reads: the better of the two medians."""
         return max(median(self.copy), median(self.read))
 
+    def summary(self) -> str:
+        copy, read = median(self.copy) / 1e9, median(self.read) / 1e9
+        return f"memory of this machine in this run: copy {copy:.1f} GB/s, read {read:.1f} GB/s"
+
 
 def measure(device: str) -> Bandwidth:
     source = torch.ones(SIZE[device] // 4, dtype=torch.float32, device=device)

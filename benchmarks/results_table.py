@@ -8,7 +8,7 @@ from rich.table import Table
 
 from benchmarks.geometries import Case
 from benchmarks.measurements import MEMORY, TIME, WALL, Absent, Measurement
-from benchmarks.providers import BASELINES, PROVIDERS, Provider
+from benchmarks.providers import BASELINES, PROVIDERS, Provider, Task
 
 
 class Results(NamedTuple):
@@ -37,31 +37,31 @@ class Results(NamedTuple):
         return list(dict.fromkeys(m.case for m in self.measurements if m.case is not None))
 
 
-COLUMNS = (
-    ("provider", "left"),
-    ("geometry", "left"),
-    ("N", "right"),
-    ("T", "right"),
-    ("dtype", "left"),
-    ("median", "right"),
-    ("faster", "right"),
-    ("extra memory", "right"),
-    ("less", "right"),
-    ("GB/s", "right"),
-    ("of read", "right"),
-)
+COLUMNS = ["provider", "geometry", "N", "T", "dtype", "median", "faster", "extra memory", "less", "GB/s", "of read"]
+LEFT_ALIGNED = ("provider", "geometry", "dtype")
+
+
+def header(*, wall: bool) -> list[str]:
+    """Titles of the columns; `wall` adds the time that includes launching (GPU)."""
+    return [*COLUMNS, "wall"] if wall else COLUMNS
+
+
+def rows(results: Results, read_bandwidth: float, *, wall: bool) -> list[list[list[str]]]:
+    """The cells of every row, grouped by case; `read_bandwidth` in bytes per second."""
+    cells = [
+        [_cells(results, provider, case, read_bandwidth, wall) for provider in PROVIDERS] for case in results.cases
+    ]
+    return [[row for row in group if row] for group in cells]
 
 
 def results_table(results: Results, read_bandwidth: float, *, wall: bool) -> Table:
-    """`read_bandwidth` in bytes per second; `wall` adds the time that includes launching (GPU)."""
+    """For the terminal."""
     table = Table(title="LOCOS terms of one attention layer, compared with the per-step pipeline")
-    for title, justify in (*COLUMNS, *([("wall", "right")] if wall else [])):
-        table.add_column(title, justify=justify, no_wrap=title == "provider")
-    for case in results.cases:
-        for provider in PROVIDERS:
-            cells = _cells(results, provider, case, read_bandwidth, wall)
-            if cells:
-                table.add_row(*cells)
+    for title in header(wall=wall):
+        table.add_column(title, justify="left" if title in LEFT_ALIGNED else "right", no_wrap=title == "provider")
+    for group in rows(results, read_bandwidth, wall=wall):
+        for cells in group:
+            table.add_row(*cells)
         table.add_section()
     return table
 
@@ -90,7 +90,25 @@ def remarks(results: Results) -> list[str]:
     """What the asterisks mean, and why providers are absent."""
     starred = dict.fromkeys(f"* {provider.name}: {provider.remark}" for provider in PROVIDERS if provider.remark)
     missing = dict.fromkeys(f"absent: {absent.provider}: {absent.reason}" for absent in results.absent)
-    return [*starred, *missing]
+    return [
+        *starred,
+        *missing,
+        *with_model_attention(results),
+        "GB/s: what the path must read once, over the median time",
+    ]
+
+
+def with_model_attention(results: Results) -> list[str]:
+    """The pipeline's eager attention also gives the head output, ours do not: compare again with one attention
+    added.""" lines = []
+    for case in results.cases:
+        pipeline, attention = (results.median(name, case, TIME) for name in (BASELINES[Task.QUERIES], "sdpa.total"))
+        own = {p.name: results.median(p.name, case, TIME) for p in PROVIDERS if p.ours and p.task is Task.QUERIES}
+        if pipeline is None or attention is None:
+            continue
+        ratios = [f"{name} {times(pipeline / (t + attention))}" for name, t in own.items() if t is not None]
+        lines.append(f"faster with sdpa.total added, {case.label}: {', '.join(ratios)}")
+    return lines
 
 
 def milliseconds(seconds: float | None) -> str:

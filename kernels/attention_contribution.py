@@ -14,8 +14,8 @@ split into two halves), one exp2.
 import triton
 import triton.language as tl
 
-from .keys import load_tile, product, scores_base2, visible_keys
-from .rows import load_bounds, load_rows, row_coordinates, split_direction, split_range
+from .keys import product, projections, scores_base2, visible_keys
+from .rows import halve, load_bounds, load_rows, row_coordinates, row_scale, split_range
 from .softmax_state import NO_COLUMN, merge, tile_softmax
 from .spans import write_pair
 
@@ -93,9 +93,12 @@ def attention_contribution_split(
     query = load_rows(query_ptr, q_offsets, present, 0, HEAD_DIM, LANES_D)
     direction_ptr += batch * direction_stride_b
     w_offsets = q_head * direction_stride_h + step * direction_stride_t
-    w = load_rows(direction_ptr, w_offsets, present, 0, VALUE_DIM, LANES_DV)
+    w_high = load_rows(direction_ptr, w_offsets, present, 0, VALUE_DIM, LANES_DV)
+    w_low = w_high
+    w_scale = tl.full([BLOCK_M], 1.0, tl.float32)
     if HALVES:
-        w_high, w_low, w_scale = split_direction(w, value_ptr.dtype.element_ty)
+        w_scale = row_scale(direction_ptr, w_offsets, present, VALUE_DIM, BLOCK_DV)
+        w_high, w_low = halve(w_high, w_scale, value_ptr.dtype.element_ty)
     key_ptr += batch * key_stride_b + kv_head * key_stride_h
     value_ptr += batch * value_stride_b + kv_head * value_stride_h
     hole_ptr += batch * hole_stride_b
@@ -134,24 +137,22 @@ def attention_contribution_split(
         )
         scores = scores_base2(products, seen, scale, softcap, SOFTCAP)
         tile_m, tile_column, weights = tile_softmax(scores, start)
-        if HALVES:
-            values = tl.trans(load_tile(value_ptr, columns, value_stride_n, n_keys, 0, VALUE_DIM, BLOCK_DV))
-            projected = tl.dot(w_high, values) + tl.dot(w_low, values)
-            phi = weights * projected * w_scale[:, None]
-        else:
-            phi = weights * product(
-                w,
-                direction_ptr,
-                w_offsets,
-                present,
-                value_ptr,
-                columns,
-                value_stride_n,
-                n_keys,
-                VALUE_DIM,
-                BLOCK_DV,
-                LANES_DV,
-            )
+        phi = weights * projections(
+            w_high,
+            w_low,
+            w_scale,
+            direction_ptr,
+            w_offsets,
+            present,
+            value_ptr,
+            columns,
+            value_stride_n,
+            n_keys,
+            VALUE_DIM,
+            BLOCK_DV,
+            LANES_DV,
+            HALVES,
+        )
         m, denominator, total, column = merge(
             m, denominator, total, column, tile_m, tl.sum(weights, axis=1), tl.sum(phi, axis=1), tile_column
         )

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .rows import load_rows
+from .rows import halve, load_rows
 from .softmax_state import LOG2_E, tanh
 
 
@@ -34,17 +34,56 @@ def product(
 ):
     """rows . tile^T, (BLOCK_M, BLOCK_N) float32; float32 operands are multiplied in full float32, not TF32.
 
-    Without matrix instructions a product of wide float32 vectors does not fit the registers: it is taken LANES at a
-    time, and the rows are read again from the cache.
+    Wide vectors do not fit the registers: their product is taken LANES at a time, and the rows are read again from the
+    cache.
     """
     if LANES == BLOCK_WIDTH:
         tile = load_tile(tile_ptr, columns, stride, n_keys, 0, WIDTH, LANES)
-        return tl.dot(rows, tl.trans(tile), input_precision="ieee")
-    result = tl.zeros([row_offsets.shape[0], columns.shape[0]], tl.float32)
-    for lane in range(0, BLOCK_WIDTH, LANES):
-        part = load_rows(rows_ptr, row_offsets, present, lane, WIDTH, LANES)
-        tile = load_tile(tile_ptr, columns, stride, n_keys, lane, WIDTH, LANES)
-        result = tl.dot(part, tl.trans(tile), result, input_precision="ieee")
+        result = tl.dot(rows, tl.trans(tile), input_precision="ieee")
+    else:
+        result = tl.zeros([row_offsets.shape[0], columns.shape[0]], tl.float32)
+        for lane in range(0, BLOCK_WIDTH, LANES):
+            part = load_rows(rows_ptr, row_offsets, present, lane, WIDTH, LANES)
+            tile = load_tile(tile_ptr, columns, stride, n_keys, lane, WIDTH, LANES)
+            result = tl.dot(part, tl.trans(tile), result, input_precision="ieee")
+    return result
+
+
+@triton.jit
+def projections(
+    w_high,
+    w_low,
+    w_scale,
+    w_ptr,
+    w_offsets,
+    present,
+    value_ptr,
+    columns,
+    stride,
+    n_keys,
+    WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    LANES: tl.constexpr,
+    HALVES: tl.constexpr,
+):
+    """w . v for every row and key of a tile, float32: `product` with a direction in two halves where v has half
+    precision."""
+    if not HALVES:
+        result = product(
+            w_high, w_ptr, w_offsets, present, value_ptr, columns, stride, n_keys, WIDTH, BLOCK_WIDTH, LANES
+        )
+    elif LANES == BLOCK_WIDTH:
+        values = tl.trans(load_tile(value_ptr, columns, stride, n_keys, 0, WIDTH, LANES))
+        result = (tl.dot(w_high, values) + tl.dot(w_low, values)) * w_scale[:, None]
+    else:
+        result = tl.zeros([w_offsets.shape[0], columns.shape[0]], tl.float32)
+        for lane in range(0, BLOCK_WIDTH, LANES):
+            part = load_rows(w_ptr, w_offsets, present, lane, WIDTH, LANES)
+            high, low = halve(part, w_scale, value_ptr.dtype.element_ty)
+            values = tl.trans(load_tile(value_ptr, columns, stride, n_keys, lane, WIDTH, LANES))
+            result = tl.dot(high, values, result)
+            result = tl.dot(low, values, result)
+        result *= w_scale[:, None]
     return result
 
 

@@ -7,8 +7,8 @@ No head output, no per-position map, no repeated V. Plain sums, so splits combin
 import triton
 import triton.language as tl
 
-from .keys import load_tile, product
-from .rows import load_rows, row_coordinates, split_direction
+from .keys import projections
+from .rows import halve, load_rows, row_coordinates, row_scale
 from .softmax_state import NO_COLUMN
 from .spans import write_pair
 
@@ -74,10 +74,13 @@ def ov_contribution_split(
 
     direction_ptr += batch * direction_stride_b
     w_offsets = q_head * direction_stride_h + step * direction_stride_t
-    w = load_rows(direction_ptr, w_offsets, present, 0, VALUE_DIM, LANES_DV)
+    w_high = load_rows(direction_ptr, w_offsets, present, 0, VALUE_DIM, LANES_DV)
+    w_low = w_high
+    w_scale = tl.full([BLOCK_M], 1.0, tl.float32)
     value_ptr += batch * value_stride_b + kv_head * value_stride_h
     if HALVES:
-        w_high, w_low, w_scale = split_direction(w, value_ptr.dtype.element_ty)
+        w_scale = row_scale(direction_ptr, w_offsets, present, VALUE_DIM, BLOCK_DV)
+        w_high, w_low = halve(w_high, w_scale, value_ptr.dtype.element_ty)
     attn_rows = attn_ptr + batch * attn_stride_b + q_head * attn_stride_h + step * attn_stride_t
 
     low_ptr += batch * n_tiles
@@ -98,24 +101,22 @@ def ov_contribution_split(
         columns = start + tl.arange(0, BLOCK_N)
         attn_mask = present[:, None] & (columns < n_keys)[None, :]
         weights = tl.load(attn_rows[:, None] + columns[None, :], mask=attn_mask, other=0.0).to(tl.float32)
-        if HALVES:
-            values = tl.trans(load_tile(value_ptr, columns, value_stride_n, n_keys, 0, VALUE_DIM, BLOCK_DV))
-            projected = tl.dot(w_high, values) + tl.dot(w_low, values)
-            phi = weights * projected * w_scale[:, None]
-        else:
-            phi = weights * product(
-                w,
-                direction_ptr,
-                w_offsets,
-                present,
-                value_ptr,
-                columns,
-                value_stride_n,
-                n_keys,
-                VALUE_DIM,
-                BLOCK_DV,
-                LANES_DV,
-            )
+        phi = weights * projections(
+            w_high,
+            w_low,
+            w_scale,
+            direction_ptr,
+            w_offsets,
+            present,
+            value_ptr,
+            columns,
+            value_stride_n,
+            n_keys,
+            VALUE_DIM,
+            BLOCK_DV,
+            LANES_DV,
+            HALVES,
+        )
         mass += tl.sum(weights, axis=1)
         total += tl.sum(phi, axis=1)
         tile_largest, index = tl.max(weights, axis=1, return_indices=True)

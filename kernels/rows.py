@@ -43,14 +43,18 @@ def split_range(first, last, split, n_keys, SPLIT: tl.constexpr, BLOCK_N: tl.con
 
 
 @triton.jit
-def split_direction(direction, DTYPE: tl.constexpr):
-    """A float32 direction as high + low halves in the values' dtype, scaled to 1, and the scale to undo it.
+def row_scale(ptr, offsets, present, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """The largest magnitude in each row vector, 1 where it is zero."""
+    largest = tl.max(tl.abs(load_rows(ptr, offsets, present, 0, WIDTH, BLOCK_WIDTH)), axis=1)
+    return tl.where(largest > 0.0, largest, 1.0)
 
-    The two halves together keep 16 (bfloat16) or 22 (float16) bits; scaling keeps float16 clear of its subnormals.
+
+@triton.jit
+def halve(direction, scale, DTYPE: tl.constexpr):
+    """A float32 direction, scaled to 1, as the sum of two values in half precision.
+
+    Together they keep 16 (bfloat16) or 22 (float16) bits; scaling keeps float16 clear of its subnormals.
     """
-    largest = tl.max(tl.abs(direction), axis=1)
-    scale = tl.where(largest > 0.0, largest, 1.0)
     direction = direction / scale[:, None]
     high = direction.to(DTYPE)
-    low = (direction - high.to(tl.float32)).to(DTYPE)
-    return high, low, scale
+    return high, (direction - high.to(tl.float32)).to(DTYPE)

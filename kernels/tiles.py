@@ -57,7 +57,7 @@ TILES: dict[str, dict[int, dict[int, Tile]]] = {
         SINGLE: {4096: Tile(16, 32, 4, 1)},
     },
     "gfx942": {
-        HALF: {512: Tile(64, 64, 4, 1), 1024: Tile(16, 32, 8, 1), 2048: Tile(16, 16, 8, 1)},
+        HALF: {512: Tile(64, 64, 4, 1), 1024: Tile(16, 32, 8, 1), 2048: Tile(16, 32, 8, 1)},
         SINGLE: {4096: Tile(16, 32, 4, 1)},
     },
     "interpreter": {
@@ -99,8 +99,10 @@ def padded(head_dim: int) -> int:
 
 
 def lanes(head_dim: int, itemsize: int) -> int:
-    """Lanes of a vector that one product takes at a time: all in half precision, 32 where there is no matrix unit."""
-    return padded(head_dim) if itemsize == HALF else min(padded(head_dim), 32)
+    """Lanes of a vector that one product takes at a time: all of them while they fit the registers."""
+    if itemsize == HALF:
+        return padded(head_dim) if head_dim <= 256 else 128
+    return min(padded(head_dim), 32)  # no matrix instructions: operands are held by every thread
 
 
 def output_lanes(value_dim: int, itemsize: int) -> int:

@@ -40,6 +40,36 @@ def pull_back(projection: nn.Module, direction: Tensor) -> Tensor:
     return _product(direction, weight if type(projection) is nn.Linear else weight.mT)
 
 
+def head_directions(
+    projection: nn.Module, direction: Tensor, output: Tensor, projected: Tensor
+) -> tuple[Tensor, Tensor]:
+    """w (T, H, Dv), with the gate folded in, and each head's contribution (T, H).
+
+    output: (T, H, Dv) head outputs as recorded. projected: (T, H * Dv) what the output projection was given; where it
+    is not the recorded output, something linear in the channels stands between (a gate), and its factor joins w.
+    """
+    w = pull_back(projection, direction).view(output.shape).to(direction)
+    given = projected.view(output.shape).to(direction)
+    contributions = (w * given).sum(-1)
+    output = output.to(direction)
+    if not torch.equal(given, output):
+        w = w * torch.where(output == 0, 0.0, given / output)
+    return w, contributions
+
+
+@torch.no_grad()
+def bias_of(projection: nn.Module, width: int, like: Tensor) -> Tensor:
+    """(hidden,) what the projection gives for zero input, in the dtype of `like`."""
+    bias = getattr(projection, "bias", None)
+    if isinstance(bias, Tensor):
+        return bias.to(like)
+    if type(projection) is nn.Linear:
+        return like.new_zeros(projection.out_features)
+    floating = (w for w in (*projection.parameters(), *projection.buffers()) if w.is_floating_point())
+    reference = next(floating, like)
+    return projection(reference.new_zeros((1, width)))[0].to(like)
+
+
 def _product(direction: Tensor, weight: Tensor) -> Tensor:
     """direction @ weight in the direction's dtype; weight is (hidden, heads * Dv) in any floating dtype."""
     direction = direction.to(weight.device)

@@ -1,4 +1,5 @@
-"""Norms as frozen linear maps: y = weight * scale * (x - mean of x, if centred) + bias, with the scale of one forward pass.
+"""Norms as frozen linear maps: y = weight * scale * (x - mean of x, if centred) + bias, with the scale of one forward
+pass.
 
 What a norm does is read from what it did: of the few forms in use (RMSNorm, Gemma's 1 + w, LayerNorm, norms without
 weight) the one that reproduces the recorded outputs is taken, so that no class name has to be known.

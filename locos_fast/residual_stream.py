@@ -1,9 +1,9 @@
 """Follow the residual stream through one forward pass, at the answer rows only.
 
-`trace` puts hooks on the decoder's layers, on their direct children and on the unembedding, keeps the answer rows of what
-goes in and comes out, and takes the hooks off again. From that, `attention_path` finds out how a layer's attention output
-reaches the stream: through a norm of its own, times a multiplier, before or beside the rest of the layer. Nothing is known
-by model name; a layer whose path cannot be followed is refused.
+`trace` puts hooks on the decoder's layers, on their direct children and on the unembedding, keeps the answer rows of
+what goes in and comes out, and takes the hooks off again. From that, `attention_path` finds out how a layer's attention
+output reaches the stream: through a norm of its own, times a multiplier, before or beside the rest of the layer.
+Nothing is known by model name; a layer whose path cannot be followed is refused.
 """
 
 from __future__ import annotations

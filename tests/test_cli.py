@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig, FalconConfig, FalconForCausalLM, MambaConfig, MambaForCausalLM
+
 from locos_fast import cli
 from locos_fast.head_scores import HeadScores
 from locos_fast.planted import build
-from transformers import AutoConfig, FalconConfig, FalconForCausalLM, MambaConfig, MambaForCausalLM
 
 
 @pytest.fixture(scope="module")

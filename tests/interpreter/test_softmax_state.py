@@ -57,6 +57,12 @@ class State(NamedTuple):
         sums = torch.where(unseen, torch.tensor([[-torch.inf], [0.0], [0.0]]), sums)
         return cls(sums, torch.where(unseen, EMPTY_COLUMN, column).int())
 
+    def tied(self, other: "State") -> "State":
+        """This state with, in every third row that saw something in both, the largest score of `other`."""
+        tie = (torch.arange(ROWS) % 3 == 0) & self.sums[0].isfinite() & other.sums[0].isfinite()
+        largest = torch.where(tie, other.sums[0], self.sums[0])
+        return self._replace(sums=torch.cat([largest[None], self.sums[1:]]))
+
     def merged(self, other: "State") -> "State":
         out = State(torch.full_like(self.sums, torch.nan), torch.full_like(self.column, -7))
         merge_kernel[(1,)](*self, *other, *out, ROWS=ROWS)
@@ -87,8 +93,8 @@ def test_merge_is_associative():
 
 def test_merge_is_commutative_to_the_bit():
     """Unlike the torch merge, which keeps the first slot of a tie: here the smaller column wins in any order."""
-    a, b = State.random(0, empty=0.3), State.random(50, empty=0.3)
-    b.sums[0, ::3] = a.sums[0, ::3]
+    a = State.random(0, empty=0.3)
+    b = State.random(50, empty=0.3).tied(a)
     assert_identical(a.merged(b), b.merged(a))
 
 
@@ -114,8 +120,8 @@ def test_a_part_that_is_far_below_vanishes_without_overflow():
 
 
 def test_merge_agrees_with_the_torch_merge():
-    a, b = State.random(0, empty=0.3), State.random(100, empty=0.3)
-    b.sums[0, ::5] = a.sums[0, ::5]  # ties, which either gives to the smaller column: that of a
+    a = State.random(0, empty=0.3)
+    b = State.random(100, empty=0.3).tied(a)  # here a has the smaller columns and comes first: both give it the tie
     ours, theirs = a.merged(b).in_torch(), softmax_state.merge(a.in_torch(), b.in_torch())
     assert torch.equal(ours.largest, theirs.largest)
     assert torch.equal(ours.argmax, theirs.argmax)
