@@ -99,8 +99,8 @@ def remarks(results: Results) -> list[str]:
 
 
 def with_model_attention(results: Results) -> list[str]:
-    """The pipeline's eager attention also gives the head output, ours do not: compare again with one attention
-    added.""" lines = []
+    """Compare again with one attention added to ours: the pipeline's eager attention also gives the head output."""
+    lines = []
     for case in results.cases:
         pipeline, attention = (results.median(name, case, TIME) for name in (BASELINES[Task.QUERIES], "sdpa.total"))
         own = {p.name: results.median(p.name, case, TIME) for p in PROVIDERS if p.ours and p.task is Task.QUERIES}

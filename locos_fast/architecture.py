@@ -29,8 +29,26 @@ class AttentionLayer(NamedTuple):
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:
-    """The text decoder: the module that takes token embeddings through all layers."""
-    return model.get_decoder() if hasattr(model, "get_decoder") else model
+    """The text decoder: the module that owns the list of layers and takes token embeddings through it."""
+    root = model.get_decoder() if hasattr(model, "get_decoder") else model
+    for module in root.modules():
+        if any(_holds_layers(child) for child in module.children()):
+            return module
+    return root
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder's layers, attention or not. Raises UnsupportedModelError if it keeps them in no module list."""
+    for child in decoder(model).children():
+        if isinstance(child, nn.ModuleList) and _holds_layers(child):
+            return child
+    raise UnsupportedModelError(f"{_name(model)} keeps its layers in no module list")
+
+
+def _holds_layers(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList) and any(
+        _is_self_attention(inner) for layer in module for inner in layer.modules()
+    )
 
 
 def layer_count(model: PreTrainedModel) -> int:

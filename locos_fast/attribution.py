@@ -1,7 +1,9 @@
-"""True logit units: every part of the residual stream as a contribution to the answer's logit, and the proof that it adds up.
+"""True logit units: every part of the residual stream as a contribution to the answer's logit, and the proof that it
+adds up.
 
-The answer's direction is pulled back through the final norm with the scale of this forward pass, through the multipliers
-and norms on the way, through the output projection and its gate, into each head's output space (`norm="frozen"`). Then
+The answer's direction is pulled back through the final norm with the scale of this forward pass, through the
+multipliers and norms on the way, through the output projection and its gate, into each head's output space
+(`norm="frozen"`). Then
 
     per layer    heads + biases = the layer's attention write, as a logit
     the model    embedding + heads + biases + everything else = the model's own logit, before any final softcap
@@ -19,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from locos_fast.architecture import UnsupportedModelError, attention_layers
-from locos_fast.directions import bias_of, head_directions, token_directions
+from locos_fast.directions import Target, bias_of, head_directions, token_directions
 from locos_fast.norms import freeze
 from locos_fast.recording import Recording
 from locos_fast.residual_stream import AttentionPath, StreamTrace, attention_path
@@ -63,17 +65,17 @@ class Attribution(NamedTuple):
 
 
 def attribute_heads(
-    model: PreTrainedModel, stream: StreamTrace, recording: Recording, target_ids: Tensor, logits: Tensor
+    model: PreTrainedModel, stream: StreamTrace, recording: Recording, target: Target, logits: Tensor
 ) -> Attribution:
-    """Take the traced and recorded forward pass apart; `target_ids` (T,), `logits` (T, V) of the answer rows.
+    """Take the traced and recorded forward pass apart; `logits` is (T, V), of the answer rows.
 
     Raises UnsupportedModelError, naming the module, where the path to the logit cannot be followed exactly.
     """
     scale, softcap = logit_scale(model, stream, logits)
     assert stream.unembedding is not None
-    raw = stream.unembedding.outputs.gather(1, target_ids.to(stream.unembedding.outputs.device)[:, None])[:, 0]
-    direction = scale * token_directions(model, target_ids)
-    constant = scale * _unembedding_bias(stream, target_ids, direction)
+    direction = scale * token_directions(model, target)
+    logit = scale * target.of_logits(stream.unembedding.outputs.to(direction))
+    constant = scale * _unembedding_bias(stream, target, direction)
     final = stream.final_norm()
     last = stream.layers[max(stream.layers)].outputs
     if final is not None:
@@ -85,7 +87,7 @@ def attribute_heads(
             f"{type(model).__name__}: cannot follow the residual stream from the last layer to the unembedding"
         )
     layers, embedding, others = _walk_back(model, stream, recording, direction)
-    return Attribution(layers, embedding, others, constant, scale * raw.to(direction), softcap)
+    return Attribution(layers, embedding, others, constant, logit, softcap)
 
 
 def _walk_back(
@@ -146,10 +148,10 @@ def logit_scale(model: PreTrainedModel, stream: StreamTrace, logits: Tensor) -> 
     )
 
 
-def _unembedding_bias(stream: StreamTrace, target_ids: Tensor, like: Tensor) -> Tensor:
+def _unembedding_bias(stream: StreamTrace, target: Target, like: Tensor) -> Tensor:
     assert stream.unembedding is not None
     bias = getattr(stream.unembedding.module, "bias", None)
-    return like.new_zeros(len(target_ids)) if bias is None else bias.detach()[target_ids.to(bias.device)].to(like)
+    return like.new_zeros(len(like)) if bias is None else target.of_logits(bias.detach().to(like))
 
 
 def _relative(error: Tensor, size: Tensor) -> float:

@@ -6,6 +6,9 @@ in.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -16,14 +19,45 @@ from locos_fast.architecture import UnsupportedModelError, unembedding
 BLOCK = 1024  # rows of a projection's weight that are held in float32 at a time
 
 
-def token_directions(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
-    """d_y: the unembedding row of each token, (T, hidden) float32 (float64 for float64 models)."""
+class Target(NamedTuple):
+    """What heads are scored toward: each answer token's logit, or its difference to something."""
+
+    token_ids: Tensor  # (T,)
+    contrast: str | Tensor | None = None  # "mean" of the vocabulary, or (T,) other tokens
+
+    @classmethod
+    def of(cls, token_ids: Tensor, contrast: str | Sequence[int] | None) -> Target:
+        """Raises ValueError for a contrast that is neither "mean" nor one token per answer token."""
+        if contrast is None or contrast == "mean":
+            return cls(token_ids, contrast)
+        if isinstance(contrast, str) or len(contrast) != len(token_ids):
+            raise ValueError(f'contrast: expected "mean" or {len(token_ids)} token ids, got {contrast!r}')
+        return cls(token_ids, torch.tensor(list(contrast), device=token_ids.device))
+
+    def of_logits(self, logits: Tensor) -> Tensor:
+        """(T,) the target's value, from (T, V) logits of the answer rows or one (V,) vector for all of them."""
+        table = logits.expand(len(self.token_ids), -1)
+        value = table.gather(1, self.token_ids.to(table.device)[:, None])[:, 0]
+        if isinstance(self.contrast, Tensor):
+            return value - table.gather(1, self.contrast.to(table.device)[:, None])[:, 0]
+        return value if self.contrast is None else value - table.mean(-1)
+
+
+def token_directions(model: PreTrainedModel, target: Target) -> Tensor:
+    """d_y (T, hidden): the unembedding row of each target token, less its contrast's.
+
+    float32; float64 for float64 models.
+    """
     module = unembedding(model)
     weight = getattr(module, "weight", None)
     if weight is None or not weight.is_floating_point():
         raise UnsupportedModelError(f"{type(module).__name__} keeps no floating-point unembedding rows to read")
-    rows = weight[token_ids.to(weight.device)].detach()
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+    weight = weight.detach()
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    rows = weight[target.token_ids.to(weight.device)].to(dtype)
+    if isinstance(target.contrast, Tensor):
+        return rows - weight[target.contrast.to(weight.device)].to(dtype)
+    return rows if target.contrast is None else rows - weight.mean(0, dtype=dtype)
 
 
 @torch.no_grad()

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from locos_fast.architecture import AttentionLayer, UnsupportedModelError, attention_layers, decoder, unembedding
+from locos_fast.architecture import (
+    AttentionLayer,
+    UnsupportedModelError,
+    attention_layers,
+    decoder,
+    decoder_layers,
+    unembedding,
+)
 from locos_fast.norms import FrozenNorm, freeze
 
 SLACK = 64  # rounding errors of the model's dtype that a sum in the stream may differ by
@@ -59,6 +66,17 @@ class StreamTrace:
 
 
 @contextlib.contextmanager
+def trace_projections(model: PreTrainedModel, rows: Sequence[int]) -> Iterator[StreamTrace]:
+    """`trace`, but only of what goes into and comes out of the attention layers' output projections."""
+    result = StreamTrace(model)
+    tracer = _Tracer(result, list(rows))
+    with contextlib.ExitStack() as hooks:
+        for hook in tracer.projection_hooks(model):
+            hooks.callback(hook.remove)
+        yield result
+
+
+@contextlib.contextmanager
 def trace(model: PreTrainedModel, rows: Sequence[int]) -> Iterator[StreamTrace]:
     """Keep the residual stream at `rows` of the one forward pass inside the context.
 
@@ -81,17 +99,19 @@ class _Tracer:
 
     def hooks(self, model: PreTrainedModel) -> Iterator[Any]:
         stack = decoder(model)
-        layers = decoder_layers(stack)
-        for number, layer in enumerate(layers):
+        for number, layer in enumerate(decoder_layers(model)):
             for child in layer.children():
                 yield child.register_forward_hook(self._into(self.children.setdefault(number, [])), with_kwargs=True)
             yield layer.register_forward_hook(self._layer(number), with_kwargs=True)
         for child in stack.children():
             if not isinstance(child, nn.ModuleList):
                 yield child.register_forward_hook(self._into(self.result.final), with_kwargs=True)
+        yield from self.projection_hooks(model)
+        yield unembedding(model).register_forward_hook(self._unembedding, with_kwargs=True)
+
+    def projection_hooks(self, model: PreTrainedModel) -> Iterator[Any]:
         for attention in attention_layers(model):
             yield attention.projection.register_forward_hook(self._projection(attention.number), with_kwargs=True)
-        yield unembedding(model).register_forward_hook(self._unembedding, with_kwargs=True)
 
     def _rows(self, x: Any) -> Tensor | None:
         x = x[0] if isinstance(x, tuple) else x
@@ -133,14 +153,6 @@ class _Tracer:
 
     def _unembedding(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         self.result.unembedding = self._passage(module, args, kwargs, output)
-
-
-def decoder_layers(stack: nn.Module) -> nn.ModuleList:
-    """The list of decoder layers: the direct child list whose members hold attention, or the longest one."""
-    lists = [child for child in stack.children() if isinstance(child, nn.ModuleList)]
-    if not lists:
-        raise UnsupportedModelError(f"{type(stack).__name__} keeps its layers in no module list")
-    return max(lists, key=len)
 
 
 class AttentionPath(NamedTuple):

@@ -19,11 +19,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from locos_fast._version import __version__
-from locos_fast.architecture import attention_layers, layer_count
-from locos_fast.directions import pull_back, token_directions
+from locos_fast.architecture import layer_count
+from locos_fast.attribution import attribute_heads
+from locos_fast.directions import Target, head_directions, token_directions
 from locos_fast.head_scores import ARRAYS, HeadScores
 from locos_fast.recording import LayerRecord, Recording, record
+from locos_fast.residual_stream import StreamTrace, trace, trace_projections
 from locos_fast.trials import Trial
+
+NORMS = ("none", "frozen")
 
 Span = tuple[int, int]
 
@@ -41,6 +45,7 @@ def score_tokens(
     answer_positions: Sequence[int],
     *,
     norm: str = "none",
+    contrast: str | Sequence[int] | None = None,
     backend: str = "auto",
     verify: bool = False,
 ) -> HeadScores:
@@ -49,33 +54,43 @@ def score_tokens(
     input_ids: (1, N) int64, the prompt followed by the answer (teacher forcing).
     needle_span: (start, end) token indices, half-open, or several of them, scored as their union.
     answer_positions: indices in `input_ids` of the answer tokens to score; row p - 1 predicts token p.
-    norm: "none", the score as published: raw unembedding rows, no final norm.
-    backend: see `locos_fast.ops`. verify: check the recording against the head outputs, see `record`.
+    norm: "none", the score as published: raw unembedding rows, no norm or multiplier folded in. "frozen", true logit
+    units: everything between a head and the logit folded in, with the scales of this forward pass; the logit is the one
+    before any final softcap. `meta["completeness"]` then says how exactly all contributions add up to the model's
+    logit. backend: see `locos_fast.ops`. verify: check the recording against the head outputs, see `record`.
 
     Scores are means over the answer rows that see at least one needle key (DLA: over all rows; Wu: a sum); a layer in
     which no row does is NaN in score, l_plus, l_minus and attention_spatial.
     Raises ValueError for arguments that do not fit and UnsupportedModelError for models that cannot be recorded.
     """
-    if norm != "none":
-        raise ValueError(f"norm: expected 'none', got {norm!r}")
+    if norm not in NORMS:
+        raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
     spans = _union(needle_span)
     _check(input_ids, spans, answer_positions)
     rows = [position - 1 for position in answer_positions]
     fed = input_ids[:, : max(rows) + 1]  # a causal model's answer rows do not depend on anything later
-    with torch.inference_mode(), record(model, rows, spans, backend=backend, verify=verify) as recording:
-        logits = _answer_logits(model, fed, rows)
     answer_ids = input_ids[0, list(answer_positions)]
+    target = Target.of(answer_ids, contrast)
+    follow = trace if norm == "frozen" else trace_projections
+    with (
+        torch.inference_mode(),
+        record(model, rows, spans, backend=backend, verify=verify) as recording,
+        follow(model, rows) as stream,
+    ):
+        logits = _answer_logits(model, fed, rows)
     with torch.inference_mode():
-        arrays = _score_layers(model, recording, input_ids, spans, answer_ids)
+        directions, completeness = _directions(model, norm, stream, recording, target, logits)
+        arrays = _score_layers(model, recording, directions, input_ids, spans, answer_ids)
     meta = {
         **describe_model(model),
         "norm": norm,
+        "contrast": contrast if contrast is None or isinstance(contrast, str) else list(contrast),
         "needle_spans": [list(span) for span in spans],
         "answer_positions": list(map(int, answer_positions)),
         "answer_ids": answer_ids.tolist(),
         "predicted_ids": logits.argmax(-1).tolist(),
         "tokens": int(input_ids.shape[1]),
-    }
+    } | completeness
     return HeadScores(**arrays, meta=meta)
 
 
@@ -139,20 +154,45 @@ class RowScores(NamedTuple):
     sees_needle: Tensor  # (T,) bool
 
 
+def _directions(
+    model: PreTrainedModel,
+    norm: str,
+    stream: StreamTrace,
+    recording: Recording,
+    target: Target,
+    logits: Tensor,
+) -> tuple[dict[int, Tensor], dict[str, Any]]:
+    """w (T, H, Dv) of every attention layer, and what to say of their exactness in `meta`."""
+    if norm == "frozen":
+        attribution = attribute_heads(model, stream, recording, target, logits)
+        completeness = {
+            "overall": attribution.residual,
+            "layers": {str(number): layer.residual for number, layer in sorted(attribution.layers.items())},
+        }
+        meta = {"completeness": completeness, "final_logit_softcap": attribution.softcap}
+        return {number: layer.directions for number, layer in attribution.layers.items()}, meta
+    direction = token_directions(model, target)
+    directions = {}
+    for number, kept in recording.items():
+        projected = stream.projected[number]
+        directions[number], _ = head_directions(projected.module, direction, kept.output[0], projected.inputs)
+    return directions, {}
+
+
 def _score_layers(
-    model: PreTrainedModel, recording: Recording, input_ids: Tensor, spans: list[Span], answer_ids: Tensor
+    model: PreTrainedModel,
+    recording: Recording,
+    directions: dict[int, Tensor],
+    input_ids: Tensor,
+    spans: list[Span],
+    answer_ids: Tensor,
 ) -> dict[str, np.ndarray]:
-    target = token_directions(model, answer_ids)
-    layers = attention_layers(model)
-    heads = max(recording[layer.number].output.shape[2] for layer in layers)
+    heads = max(kept.output.shape[2] for kept in recording.values())
     arrays = {name: np.full((layer_count(model), heads), np.nan) for name in ARRAYS}
-    for layer in layers:
-        kept = recording[layer.number]
-        steps, n_heads, value_dim = kept.output.shape[1:]
-        w = pull_back(layer.projection, target).view(steps, n_heads, value_dim)
-        values = _mean_over_rows(_row_scores(kept, w, input_ids[0], spans, answer_ids))
+    for number, kept in recording.items():
+        values = _mean_over_rows(_row_scores(kept, directions[number], input_ids[0], spans, answer_ids))
         for name, value in values.items():
-            arrays[name][layer.number, :n_heads] = value.double().cpu().numpy()
+            arrays[name][number, : kept.output.shape[2]] = value.double().cpu().numpy()
     return arrays
 
 

@@ -17,6 +17,9 @@ from locos_fast.softmax_state import SoftmaxState, merge, normaliser, weight
 from locos_fast.visibility import Visibility, count_span_visible, count_visible
 
 BLOCK = 2048  # keys per block: a block of scores (32 rows x 8 heads, float32) is 2 MB and stays in cache
+SUMMED_AT_ONCE = (
+    128  # columns of a block per sum over spans: a matrix product adds one by one, and the rounding adds up
+)
 
 
 class GroupedRows(NamedTuple):
@@ -121,7 +124,12 @@ class SpanSums:
         column = torch.arange(low, high, device=block.device)[:, None]
         spans = self.columns[:, indices]  # (B or 1, s, 2)
         inside = (column >= spans[:, None, :, 0]) & (column < spans[:, None, :, 1])  # (B or 1, n, s)
-        into[..., indices] += block[..., low - start : high - start] @ inside[:, None].to(block.dtype)
+        parts = zip(
+            block[..., low - start : high - start].split(SUMMED_AT_ONCE, dim=-1),
+            inside[:, None].to(block.dtype).split(SUMMED_AT_ONCE, dim=-2),
+            strict=True,
+        )
+        into[..., indices] += sum(part @ columns for part, columns in parts)
 
 
 def attention_contribution(

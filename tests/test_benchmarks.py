@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import __main__ as benchmarks_main
-from benchmarks import correctness, geometries, goals, measurements, memory, pipeline, providers, results_table
+from benchmarks import correctness, geometries, goals, measurements, memory, notes, pipeline, providers, results_table
 from benchmarks.geometries import LONG, QWEN3_8B, SHORT, Case
 from benchmarks.measurements import BANDWIDTH, MEMORY, TIME, Absent, Measurement
 from benchmarks.problem import Problem
@@ -162,6 +162,22 @@ def test_memory_goal_compares_two_contexts(long, passed):
     )
     (goal,) = goals.judge(results)
     assert goal.passed is passed, goal
+
+
+def test_notes_get_the_table_between_the_marks(tmp_path):
+    file = tmp_path / "NOTES.md"
+    file.write_text("before\n<!-- cpu -->\nold\n<!-- /cpu -->\nafter\n")
+    results = Results([Measurement.of("pipeline", TIME, [1.0], CASE)], [Absent("flex_attention", CASE, "no GPU")])
+    for _ in range(2):
+        notes.write(results, 1e10, ["PASS  a goal"], "cpu", file)
+    text = file.read_text()
+    assert text.startswith("before\n<!-- cpu -->\n")
+    assert text.endswith("<!-- /cpu -->\nafter\n")
+    assert "old" not in text
+    assert text.count("| pipeline |") == 1
+    assert "no GPU" in text
+    with pytest.raises(ValueError, match="<!-- cuda -->"):
+        notes.write(results, 1e10, [], "cuda", file)
 
 
 def test_absent_providers_are_listed():

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from locos_fast import directions
 from locos_fast.architecture import UnsupportedModelError, attention_layers
-from locos_fast.directions import pull_back, token_directions
+from locos_fast.directions import Target, pull_back, token_directions
 from tests.tiny_models import FAMILIES, build, one_thread
 
 HIDDEN, WIDTH, STEPS = 37, 53, 3  # odd, and neither a multiple of a block
@@ -146,7 +146,7 @@ def test_pulling_back_needs_no_gradients() -> None:
 def test_directions_of_all_heads_give_what_the_projection_writes_along_the_token(family: str) -> None:
     """sum over heads of w . o = d . (projection(o) - bias), in float64 to the rounding of 64 products."""
     model = build(family, dtype=torch.float64)
-    target = token_directions(model, torch.tensor([3, 1, 3]))
+    target = token_directions(model, Target(torch.tensor([3, 1, 3])))
     for layer in attention_layers(model):
         w = pull_back(layer.projection, target)
         output = torch.randn(w.shape, dtype=torch.float64)
@@ -161,7 +161,7 @@ def test_directions_of_all_heads_give_what_the_projection_writes_along_the_token
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_token_points_along_its_unembedding_row(dtype: torch.dtype) -> None:
     model, ids = build("llama", dtype=dtype), torch.tensor([5, 0, 5])
-    target = token_directions(model, ids)
+    target = token_directions(model, Target(ids))
     assert target.dtype == torch.promote_types(dtype, torch.float32)
     assert torch.equal(target, model.lm_head.weight[ids].to(target.dtype))
     assert not target.requires_grad
@@ -169,11 +169,11 @@ def test_a_token_points_along_its_unembedding_row(dtype: torch.dtype) -> None:
 
 def test_a_model_without_unembedding_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="LlamaModel has no output embeddings"):
-        token_directions(build("llama").model, torch.tensor([1]))
+        token_directions(build("llama").model, Target(torch.tensor([1])))
 
 
 def test_an_unembedding_of_integers_is_refused() -> None:
     model = build("llama")
     model.lm_head.weight = nn.Parameter(torch.zeros(61, 32, dtype=torch.int8), requires_grad=False)
     with pytest.raises(UnsupportedModelError, match="Linear keeps no floating-point unembedding rows"):
-        token_directions(model, torch.tensor([1]))
+        token_directions(model, Target(torch.tensor([1])))
