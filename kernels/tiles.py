@@ -41,7 +41,7 @@ HALF, SINGLE = 2, 4  # bytes per element
 # {architecture: {bytes per element: {up to so many bytes of key and value per token: tile}}}
 TILES: dict[str, dict[int, dict[int, Tile]]] = {
     "sm_80": {
-        HALF: {512: Tile(32, 64, 4, 2), 1024: Tile(16, 32, 8, 2), 2048: Tile(16, 32, 8, 2)},
+        HALF: {512: Tile(32, 64, 4, 2), 1024: Tile(16, 32, 8, 2), 2048: Tile(16, 16, 8, 2)},
         SINGLE: {4096: Tile(16, 32, 4, 1)},
     },
     "sm_89": {
@@ -49,11 +49,11 @@ TILES: dict[str, dict[int, dict[int, Tile]]] = {
         SINGLE: {4096: Tile(16, 32, 4, 1)},
     },
     "sm_90": {
-        HALF: {512: Tile(64, 64, 4, 3), 1024: Tile(16, 32, 8, 3), 2048: Tile(16, 32, 8, 2)},
+        HALF: {512: Tile(64, 64, 4, 3), 1024: Tile(16, 32, 8, 3), 2048: Tile(16, 16, 8, 2)},
         SINGLE: {4096: Tile(16, 32, 4, 1)},
     },
     "sm_100": {
-        HALF: {512: Tile(64, 64, 4, 3), 1024: Tile(16, 32, 8, 3), 2048: Tile(16, 32, 8, 2)},
+        HALF: {512: Tile(64, 64, 4, 3), 1024: Tile(16, 32, 8, 3), 2048: Tile(16, 16, 8, 2)},
         SINGLE: {4096: Tile(16, 32, 4, 1)},
     },
     "gfx942": {

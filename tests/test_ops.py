@@ -100,11 +100,14 @@ def test_half_precision_inputs_lose_nothing(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_long_contexts_are_within_the_error_bound(dtype):
+    """Several blocks of the size in use; spans of everything, over the edge of a block, and of the last key."""
     keys = 4 * torch_ops.BLOCK + 77
     spans = [(0, keys), (torch_ops.BLOCK - 5, torch_ops.BLOCK + 5), (keys - 1, keys)]
     problem = random_problem(dtype=dtype, keys=keys, spans=spans, softcap=1.5, sinks=True)
     contribution_bound(problem).check(problem.contributions("torch"))
     summary_bound(problem).check(problem.summary("torch"))
+    weights = random_weights_problem(dtype=dtype, keys=keys, spans=spans, kv_heads=1, group=1, rows=1)
+    weights_bound(weights).check(weights.contributions("torch"))
 
 
 # what the results mean -----------------------------------------------------------------------------------------------

@@ -17,6 +17,15 @@ ROWS, PAYLOAD = 3, 2
 SHARE = 2.0**-43
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The products here are small; threads would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def state_of(scores: torch.Tensor, values: torch.Tensor, first_slot: int = 0) -> SoftmaxState:
     """The state of a set of keys by its definition; scores (rows, n), values (n, payload)."""
     if not scores.isfinite().any():

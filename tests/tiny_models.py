@@ -93,7 +93,13 @@ def build(
     family: str, attention: str = "eager", *, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any
 ) -> PreTrainedModel:
     """A model of this family, in evaluation mode; `settings` override those of its configuration."""
-    kind = FAMILIES[family]
+    return construct(FAMILIES[family], attention, dtype=dtype, seed=seed, **settings)
+
+
+def construct(
+    kind: Family, attention: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any
+) -> PreTrainedModel:
+    """A model of this kind, its parameters drawn at random."""
     model = AutoModelForCausalLM.from_config(
         kind.config(**{**kind.settings, **settings}),
         attn_implementation=attention,
@@ -118,7 +124,7 @@ def tokens(*shape: int, seed: int = 0) -> Tensor:
 
 def visible_keys(model: PreTrainedModel, layer: int, length: int, padding: int = 0) -> Tensor:
     """Which keys each row of a layer sees, (length, length) bool; `padding` slots on the left are no tokens."""
-    config = model.config
+    config = model.config.get_text_config(decoder=True)
     row, key = torch.arange(length)[:, None], torch.arange(length)[None, :]
     seen = (key <= row) & (key >= padding)
     types = getattr(config, "layer_types", None)

@@ -7,6 +7,7 @@ multiplies its bit patterns.
 import pytest
 import torch
 
+from locos_fast import triton_ops
 from locos_fast.kernels import tiles
 from locos_fast.ops import Visibility
 from tests.attention_problem import (
@@ -187,6 +188,14 @@ def test_splits_that_a_row_does_not_see_are_empty():
         assert_kernels_within_bound(
             random_problem(dtype=dtype, kv_heads=1, group=1, keys=1100, spans=spans, visibility=visibility)
         )
+
+
+def test_more_splits_than_one_round_combines(monkeypatch):
+    monkeypatch.setattr(triton_ops, "COMBINED_AT_ONCE", 2)
+    spans = [(0, 1100), (40, 60)]
+    assert_kernels_within_bound(random_problem(kv_heads=1, group=1, rows=2, keys=1100, spans=spans, sinks=True))
+    weights = random_weights_problem(kv_heads=1, group=1, rows=2, keys=1100, spans=spans)
+    weights_bound(weights).check(weights.contributions("triton"))
 
 
 @pytest.mark.parametrize("dtype", [HALF, SINGLE])
