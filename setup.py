@@ -38,7 +38,6 @@ setup(
         "safetensors",
         "typer",
         "rich",
-        "tqdm",
         "matplotlib",
     ],
     extras_require={"test": TEST, "dev": DEV},

@@ -139,15 +139,15 @@ def span_output(
     LANES_D: tl.constexpr,
     LANES_DV: tl.constexpr,
 ):
-    """Grid (row blocks, B * Hkv, S * value chunks): mass (B, H, T, S) and output (B, H, T, S, Dv) of one span.
+    """Grid (S * value chunks, row blocks, B * Hkv): mass (B, H, T, S) and output (B, H, T, S, Dv) of one span.
 
     A program accumulates LANES_DV lanes of the output; wide values are cut into chunks, and each chunk's program
     computes the scores of the span's few keys again.
     """
-    row_block = tl.program_id(0)
-    kv = tl.program_id(1).to(tl.int64)
-    span = tl.program_id(2) % n_spans
-    first_lane = tl.program_id(2) // n_spans * LANES_DV
+    span = tl.program_id(0) % n_spans  # only the first axis takes more than 65,535 programs
+    first_lane = tl.program_id(0) // n_spans * LANES_DV
+    row_block = tl.program_id(1)
+    kv = tl.program_id(2).to(tl.int64)
     batch, kv_head = kv // kv_heads, kv % kv_heads
     step, head, present = row_coordinates(row_block, steps, GROUP, BLOCK_M)
     q_head = kv_head * GROUP + head.to(tl.int64)

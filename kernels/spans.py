@@ -1,4 +1,5 @@
-"""Sums over spans of keys, any number of them, in the one pass over the keys.
+"""Sums over spans of keys in the pass over the keys; another pass for every 16 spans beyond 16 that may reach into one
+tile, so a partition of the context into passages takes one.
 
 A span covers whole tiles but for its two ends, so its sum is cut into (span, tile) pairs. The program that holds a tile
 writes the pairs of the spans that reach into it, each relative to the tile's own largest score; `combine_spans` adds a
@@ -66,13 +67,13 @@ def combine_spans(
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Grid (row blocks, S, B * Hkv): add a span's pairs, as attention weights, into mass and span, (B, H, T, S)."""
-    row_block = tl.program_id(0)
-    span = tl.program_id(1)
+    """Grid (S, row blocks, B * Hkv): add a span's pairs, as attention weights, into mass and span, (B, H, T, S)."""
+    span = tl.program_id(0)  # spans may be many: only the first axis takes more than 65,535 programs
+    row_block = tl.program_id(1)
     kv = tl.program_id(2).to(tl.int64)
     batch = kv // kv_heads
     row = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = tl.num_programs(0) * BLOCK_M
+    rows = tl.num_programs(1) * BLOCK_M
     entry = batch * n_spans + span
     begin = tl.load(start_ptr + entry)
     end = tl.load(end_ptr + entry)

@@ -53,14 +53,14 @@ def _holds_layers(module: nn.Module) -> bool:
 
 def layer_count(model: PreTrainedModel) -> int:
     """Number of decoder layers, attention or not."""
-    return int(model.config.get_text_config(decoder=True).num_hidden_layers)
+    return len(decoder_layers(model))
 
 
 def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     """All softmax self-attention layers in layer order.
 
     Raises UnsupportedModelError for models without any, for attention that bypasses transformers' attention interface,
-    and for models that are compiled or tensor-parallel.
+    and for models that are compiled, wrapped (PEFT), tensor-parallel, or in training mode with dropout.
     """
     _refuse_mode(model)
     layers = [_attention_layer(module) for module in decoder(model).modules() if _is_self_attention(module)]
@@ -82,7 +82,12 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
 def head_count(layer: AttentionLayer) -> int:
     """Number of query heads of an attention layer; layers of one model may differ."""
     own = getattr(layer.module, "num_heads", None)
-    return own if isinstance(own, int) else int(layer.module.config.num_attention_heads)
+    if isinstance(own, int):
+        return own
+    config = layer.module.config
+    if getattr(config, "is_heterogeneous", False):
+        config = config.per_layer_config[layer.number]
+    return int(config.num_attention_heads)
 
 
 def unembedding(model: PreTrainedModel) -> nn.Module:
@@ -125,11 +130,26 @@ def _refuse_mode(model: PreTrainedModel) -> None:
                 f"{_name(getattr(module, '_orig_mod', module))} is compiled, which cannot be recorded; "
                 "pass the model as it was before torch.compile"
             )
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{_name(model)} is no transformers model; pass the one inside (of a PEFT model: model.get_base_model())"
+        )
+    for name, module in decoder(model).named_modules():
+        if module.training and _dropout(module) > 0:
+            raise UnsupportedModelError(
+                f"{_name(model)} is in training mode and {name} applies dropout; call model.eval() before recording"
+            )
     if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
         raise UnsupportedModelError(f"{_name(model)} is tensor-parallel, which cannot be recorded; use a device_map")
     for name, parameter in model.named_parameters():
         if parameter.device == torch.device("meta"):
             raise UnsupportedModelError(f"{_name(model)} has weights on the meta device ({name}); load them first")
+
+
+def _dropout(module: nn.Module) -> float:
+    """The probability of a dropout module, or of a dropout that a module applies as a function."""
+    share = module.p if isinstance(module, nn.Dropout) else getattr(module, "dropout", 0.0)
+    return float(share) if isinstance(share, int | float) else 0.0
 
 
 def _is_compiled(module: nn.Module) -> bool:

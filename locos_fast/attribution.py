@@ -24,7 +24,7 @@ from locos_fast.architecture import UnsupportedModelError, attention_layers
 from locos_fast.directions import Target, bias_of, head_directions, token_directions
 from locos_fast.norms import freeze
 from locos_fast.recording import Recording
-from locos_fast.residual_stream import AttentionPath, StreamTrace, attention_path
+from locos_fast.residual_stream import AttentionPath, StreamTrace, attention_path, check_stream_passes
 
 SLACK = 64  # rounding errors of the logits' dtype that a rescaled logit may differ by
 
@@ -99,14 +99,14 @@ def _walk_back(
     others = torch.zeros_like(direction[:, 0])
     for number in sorted(stream.layers, reverse=True):
         trace = stream.layers[number]
-        inputs, outputs = trace.inputs.to(direction), trace.outputs.to(direction)
         if number not in attention:
-            others += ((outputs - inputs) * direction).sum(-1)
+            nothing = torch.zeros_like(trace.inputs.to(direction))
+            others += (check_stream_passes(number, trace, nothing, 1.0) * direction).sum(-1)
             continue
-        path = attention_path(trace, attention[number])
+        path = attention_path(trace, attention[number], stream.projected[number])
         direction = direction * path.layer_scale
         write = path.write.to(direction)
-        others += ((outputs / path.layer_scale - inputs - write) * direction).sum(-1)
+        others += (check_stream_passes(number, trace, write, path.layer_scale) * direction).sum(-1)
         layers[number] = _attribute_layer(stream, recording, number, path, direction)
     first = stream.layers[min(stream.layers)].inputs.to(direction)
     return layers, (first * direction).sum(-1), others

@@ -8,27 +8,39 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError
 
 from locos_fast import __version__
+from locos_fast.head_scores import ARRAYS
+from locos_fast.recording import RecordingError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
 errors = Console(stderr=True)
 
+BAD_INPUT = (ValueError, OSError, SafetensorError, RecordingError, MemoryError, torch.OutOfMemoryError)
+
 Out = Annotated[Path | None, typer.Option(help="Folder for the results.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace scores that the folder already holds.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random.")]
+Model = Annotated[str, typer.Option(help="Model folder or hub id.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; a GPU if there is one.")]
+DeviceMap = Annotated[str | None, typer.Option(help='"auto" spreads the layers over all devices.')]
+Attention = Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2 ...; the model's default.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 def main() -> None:
     """Entry point: turns an error about the input into one line and exit code 2."""
     try:
         app()
-    except (ValueError, OSError, SafetensorError, MemoryError) as error:
+    except BAD_INPUT as error:
         errors.print(f"error: {_one_line(error)}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
 
@@ -85,7 +97,7 @@ def planted(
 
 @app.command()
 def score(
-    model: Annotated[str, typer.Option(help="Model folder or hub id.")],
+    model: Model,
     context: Annotated[Path, typer.Option(help="UTF-8 text file.")],
     needle: Annotated[str, typer.Option(help="The sentence that holds the evidence.")],
     question: Annotated[str, typer.Option(help="Asked after the context.")],
@@ -93,52 +105,120 @@ def score(
     depth: Annotated[
         float | None, typer.Option(help="Insert the needle at this percent of the context, 0 to 100.")
     ] = None,
-    top: Annotated[int, typer.Option(help="Heads to print.")] = 10,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; a GPU if there is one.")] = None,
-    device_map: Annotated[str | None, typer.Option(help='"auto" spreads the layers over all devices.')] = None,
-    attn_implementation: Annotated[
-        str | None, typer.Option(help="sdpa, eager, flash_attention_2 ...; the model's default.")
-    ] = None,
+    norm: Annotated[str, typer.Option(help="none, the published score, or frozen, true logit units.")] = "none",
+    top: Annotated[int, typer.Option(min=1, help="Heads to print.")] = 10,
+    revision: Revision = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    device_map: DeviceMap = None,
+    attn_implementation: Attention = None,
     verify: Annotated[bool, typer.Option(help="Check the recording against the head outputs.")] = False,
+    force: Annotated[bool, typer.Option(help="Keep scores whose parts do not add up to the model's logit.")] = False,
     out: Out = None,
     overwrite: Overwrite = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Score every head of a model on one prompt of your own."""
+    from locos_fast.diagnosis import diagnose
     from locos_fast.head_scores import check_output
     from locos_fast.loading import ModelSource
-    from locos_fast.memory_estimate import estimate, refuse_if_too_large
     from locos_fast.prompts import compose
-    from locos_fast.scoring import score_tokens
+    from locos_fast.scoring import check_norm, score_tokens
 
+    check_norm(norm)
     if out is not None:
         check_output(out, overwrite=overwrite)
     source = ModelSource(model, revision, dtype, device, device_map, attn_implementation)
     text = read_context(context)
-    config = source.config()
-    target_dtype = source.torch_dtype(config)
-    trial = compose(source.tokenizer(), context=text, needle=needle, question=question, answer=answer, depth=depth)
-    needed = estimate(config, trial.length + len(trial.answer_ids), target_dtype, attn_implementation)
-    if device_map is None:
-        refuse_if_too_large(needed, source.torch_device())
-    network: Any = source.load()
+    source.torch_dtype(source.config())  # a wrong model or dtype is said before a wrong prompt
+    tokenizer = source.tokenizer()
+    trial = compose(tokenizer, context=text, needle=needle, question=question, answer=answer, depth=depth)
+    network, needed = _load(source, trial.length + len(trial.answer_ids))
     ids = trial.input_ids.to(network.get_input_embeddings().weight.device)
-    scores = score_tokens(network, ids, trial.needle_span, trial.answer_positions, verify=verify)
+    completeness = diagnose(network).completeness if norm == "none" else None  # frozen scores bring their own
+    scores = score_tokens(network, ids, trial.needle_span, trial.answer_positions, norm=norm, verify=verify)
     scores.meta |= {
+        "protocol": "teacher-forced answer after context, blank line, question",
+        "span": "needle tokens against all other keys the answer row sees",
+        "completeness": completeness or scores.meta["completeness"],
         "revision": revision,
-        "answer_tokens": [source.tokenizer().decode([token]) for token in trial.answer_ids],
+        "answer_tokens": [tokenizer.decode([token]) for token in trial.answer_ids],
         "question": question,
         "needle": needle,
         "answer": answer,
         "depth": trial.depth,
-        "memory_estimate_bytes": needed.total,
+        "memory_estimate_bytes": needed,
     }
+    _judge(scores.meta, network.dtype, force)
     if out is not None:
         scores.save_pretrained(out, overwrite=overwrite)
         _save_picture(scores, out / "heads.png")
     _print_scores(scores, top, as_json)
+
+
+@app.command()
+def doctor(
+    model: Model,
+    revision: Revision = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    device_map: DeviceMap = None,
+    attn_implementation: Attention = None,
+    as_json: Json = False,
+) -> None:
+    """Say what can be scored on a model, layer by layer, and how exactly: one short forward pass, no tokenizer."""
+    from locos_fast import diagnosis, report
+    from locos_fast.loading import ModelSource
+
+    source = ModelSource(model, revision, dtype, device, device_map, attn_implementation)
+    network, _ = _load(source, diagnosis.PROMPT_TOKENS)
+    result = diagnosis.diagnose(network)
+    if as_json:
+        print(json.dumps(result.as_dict(), indent=2, allow_nan=False))
+        return
+    console.print(report.diagnosis_table(result))
+    for line in report.diagnosis_summary(result):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _load(source: Any, tokens: int) -> tuple[Any, int]:
+    """The model, and the bytes that a forward over `tokens` tokens needs; refused if the machine lacks them."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from locos_fast.memory_estimate import estimate, refuse_if_too_large
+
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # in a log it is noise around the one line that matters
+    config = source.config()
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        raise ValueError(f"context: a prompt of {tokens} tokens is longer than the model's {positions} positions")
+    needed = estimate(config, tokens, source.torch_dtype(config), source.attn_implementation)
+    if source.device_map is None:  # with one, accelerate places what does not fit elsewhere
+        refuse_if_too_large(needed, source.torch_device())
+    return source.load(), needed.total
+
+
+def _judge(meta: dict[str, Any], dtype: Any, force: bool) -> None:
+    """Warn if the parts do not add up to the model's logit; raise ValueError if scores are far from the logits they
+    claim to be."""
+    from locos_fast.diagnosis import doubt, verdict_of
+
+    sentence = doubt(meta["completeness"], dtype)
+    if sentence is None:
+        return
+    if meta["norm"] == "none":
+        _warn(f'true logit units (norm="frozen") cannot be had exactly from this model: {sentence}')
+    elif verdict_of(meta["completeness"], dtype) == "wrong" and not force:
+        raise ValueError(
+            f"completeness: {sentence}; the scores are not logits. --force keeps them, --norm none does not need it"
+        )
+    else:
+        _warn(sentence)
+
+
+def _warn(sentence: str) -> None:
+    errors.print(f"warning: {sentence}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def read_context(path: Path) -> str:
@@ -156,7 +236,7 @@ def _print_scores(scores: Any, top: int, as_json: bool) -> None:
 
     if as_json:
         heads = [
-            {"head": f"{layer}-{head}"} | {name: float(getattr(scores, name)[layer, head]) for name in _SHOWN}
+            {"head": f"{layer}-{head}"} | {name: float(getattr(scores, name)[layer, head]) for name in ARRAYS}
             for layer, head in scores.top(top)
         ]
         print(json.dumps({"heads": heads, "meta": scores.meta}, indent=2))
@@ -168,9 +248,6 @@ def _print_scores(scores: Any, top: int, as_json: bool) -> None:
         console.print(f"needle: tokens {start} to {end - 1} of {scores.meta['tokens']}", highlight=False)
     if scores.meta["predicted_ids"] != scores.meta["answer_ids"]:
         console.print("note: the model itself would not have answered this; heads are scored toward it all the same")
-
-
-_SHOWN = ("score", "l_plus", "l_minus", "dla", "attention_spatial", "wu")
 
 
 def _answer_tokens(scores: Any) -> Iterable[tuple[str, int]]:

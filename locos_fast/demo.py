@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -65,7 +64,8 @@ def run(length: int, *, seed: int = 0, progress: Progress = lambda items, _: ite
 def make_trials(planted: PlantedModel, kind: str, length: int, seed: int) -> list[Trial]:
     """Trials at evenly spaced depths, each with its own needle and filler."""
     depths = torch.linspace(0, 100, TRIALS_PER_KIND).tolist()
-    return [planted.trial(length, kind, depth=depth, seed=seed + i) for i, depth in enumerate(depths)]
+    first = seed * TRIALS_PER_KIND
+    return [planted.trial(length, kind, depth=depth, seed=first + i) for i, depth in enumerate(depths)]
 
 
 def measure_recall(
@@ -85,15 +85,9 @@ def measure_recall(
 
 
 def _recall(planted: PlantedModel, trials: list[Trial], heads: Sequence[Head]) -> float:
-    with _ablated(planted, heads):
+    with ablate(planted.model, heads):
         right = [next_token(planted, trial) == trial.answer_ids[0] for trial in trials]
     return sum(right) / len(right)
-
-
-@contextlib.contextmanager
-def _ablated(planted: PlantedModel, heads: Sequence[Head]) -> Iterator[None]:
-    with ablate(planted.model, heads) if heads else contextlib.nullcontext():
-        yield
 
 
 @torch.inference_mode()

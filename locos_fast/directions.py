@@ -94,11 +94,9 @@ def head_directions(
 @torch.no_grad()
 def bias_of(projection: nn.Module, width: int, like: Tensor) -> Tensor:
     """(hidden,) what the projection gives for zero input, in the dtype of `like`."""
-    bias = getattr(projection, "bias", None)
-    if isinstance(bias, Tensor):
-        return bias.to(like)
-    if type(projection) is nn.Linear:
-        return like.new_zeros(projection.out_features)
+    if type(projection) in (nn.Linear, Conv1D):
+        bias = projection.bias
+        return bias.to(like) if isinstance(bias, Tensor) else like.new_zeros(like.shape[-1])
     floating = (w for w in (*projection.parameters(), *projection.buffers()) if w.is_floating_point())
     reference = next(floating, like)
     return projection(reference.new_zeros((1, width)))[0].to(like)

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 SCHEMA_VERSION = 1
 ARRAYS = ("score", "l_plus", "l_minus", "dla", "attention_spatial", "wu")
-NAMES = {"score": "LOCOS", "dla": "DLA", "attention_spatial": "attention-spatial", "wu": "Wu copy score"}
+DETECTOR_NAMES = {"score": "LOCOS", "dla": "DLA", "attention_spatial": "attention-spatial", "wu": "Wu copy score"}
 
 Array = NDArray[np.float64]
 Head = tuple[int, int]  # (layer, head), both 0-based
@@ -34,8 +34,9 @@ class HeadScores:
     l_minus            the same from all other visible keys, scaled to the needle's number of keys, logits
     dla                direct logit attribution: what the head writes from all keys together, logits
     attention_spatial  the LOCOS contrast on attention weights alone, no units
-    wu                 copy score: 1 / needle tokens per answer token whose most attended key is that token in the
-    needle meta               model, tokens, spans, versions: whatever describes how the scores came about (JSON)
+    wu                 copy score: 1 / needle tokens for each answer token whose most attended key is in the needle and
+                       is that token
+    meta               model, tokens, spans, versions: whatever describes how the scores came about (JSON)
     per_trial          (trials, layers, heads) `score` of each trial, for a mean over trials
     """
 
@@ -75,9 +76,9 @@ class HeadScores:
         return cls(**{n: _nan_mean(x) for n, x in stacks.items()}, meta=meta or {}, per_trial=stacks["score"])
 
     def save_pretrained(self, directory: str | os.PathLike, *, overwrite: bool = False) -> None:
-        """Write config.json and scores.safetensors; all or nothing.
+        """Write config.json and scores.safetensors; both are complete, or the folder has no config.json.
 
-        Raises FileExistsError if the folder already holds scores and `overwrite` is False.
+        Raises FileExistsError if the folder already holds scores and `overwrite` is False, or holds something else.
         """
         target = Path(directory)
         check_output(target, overwrite=overwrite)
@@ -90,6 +91,7 @@ class HeadScores:
         try:
             save_file(arrays, scratch / "scores.safetensors")
             (scratch / "config.json").write_text(config, encoding="utf-8")
+            (target / "config.json").unlink(missing_ok=True)  # new scores never stand beside an old config
             for name in ("scores.safetensors", "config.json"):
                 os.replace(scratch / name, target / name)
         finally:
@@ -122,11 +124,21 @@ class HeadScores:
 
 
 def check_output(directory: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that already holds scores, before any work is done for it."""
+    """Refuse a folder that already holds scores, or anything with a config.json of its own, before any work is done."""
     if directory.exists() and not directory.is_dir():
         raise FileExistsError(f"{directory} is a file, not a folder")
-    if not overwrite and any((directory / name).exists() for name in ("config.json", "scores.safetensors")):
+    config = directory / "config.json"
+    if config.exists() and "schema_version" not in _read_json(config):
+        raise FileExistsError(f"{directory} holds a config.json that is not of scores; choose another folder")
+    if not overwrite and (config.exists() or (directory / "scores.safetensors").exists()):
         raise FileExistsError(f"{directory} already holds scores; choose another folder or overwrite them")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
 
 
 def _nan_mean(stack: Array) -> Array:

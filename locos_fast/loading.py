@@ -28,6 +28,8 @@ class ModelSource:
     def config(self) -> Any:
         """The model's configuration. Raises ValueError in one line if there is none."""
         self._check_place()
+        if self.device is not None and self.device_map is not None:
+            raise ValueError("device: give --device or --device-map, not both")
         try:
             return AutoConfig.from_pretrained(self.model, revision=self.revision)
         except (OSError, ValueError) as error:

@@ -43,6 +43,8 @@ def read_visibility(
     if hasattr(mask, "mask_mod"):  # BlockMask of flex_attention
         return _from_dense(_block_mask_rows(mask, call), call)
     flash = "flash" in implementation
+    if flash and not is_causal:
+        raise UnsupportedModelError("cannot record flash attention that is not causal")
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return _from_dense(_aligned_causal(call, window) & mask[:, None, -call.n_keys :].bool(), call)
     if mask is not None:
@@ -110,8 +112,14 @@ def _from_dense(seen: Tensor, call: Call) -> list[RowsSeen]:
 
 
 def select_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """x: (B or 1, Sq, ...). Rows (1, T) are taken from every batch row, rows (B, T) from each its own."""
+    """x: (B or 1, Sq, ...). Rows (1, T) are taken from every batch row, rows (B, T) from each its own.
+
+    Consecutive rows, the usual case, are a view: no copy, and no wait for the device.
+    """
     if rows.shape[0] == 1:
+        first, count = int(rows[0, 0]), rows.shape[1]
+        if torch.equal(rows[0], torch.arange(first, first + count)):
+            return x[:, first : first + count]
         return x.index_select(1, rows[0].to(x.device))
     batch = torch.arange(rows.shape[0], device=x.device)[:, None] if x.shape[0] > 1 else 0
     return x[batch, rows.to(x.device)]

@@ -30,18 +30,12 @@ class MemoryEstimate(NamedTuple):
 def estimate(config: Any, tokens: int, dtype: torch.dtype, attn_implementation: str | None) -> MemoryEstimate:
     """Estimate a forward over `tokens` tokens; `config` is the model's configuration."""
     text = config.get_text_config(decoder=True)
-    itemsize = dtype.itemsize
-    hidden = text.hidden_size
-    heads = getattr(text, "num_attention_heads", None) or 1  # state-space models have none; loading refuses them
-    head_dim = getattr(text, "head_dim", None) or hidden // heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    intermediate = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
-    attention_block = 3 * hidden + 2 * (heads + kv_heads) * head_dim * 2
-    mlp_block = 3 * hidden + 3 * intermediate
+    layers = list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
+    itemsize, implementation = dtype.itemsize, attn_implementation or "sdpa"
     return MemoryEstimate(
         weights=_parameters(config) * itemsize,
-        activations=tokens * max(attention_block, mlp_block) * itemsize,
-        attention=_attention_bytes(text, tokens, itemsize, attn_implementation or "sdpa"),
+        activations=tokens * max(map(_layer_width, layers)) * itemsize,
+        attention=max(_attention_bytes(layer, tokens, itemsize, implementation) for layer in layers),
     )
 
 
@@ -72,6 +66,18 @@ def _parameters(config: Any) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _layer_width(layer: Any) -> int:
+    """Numbers that one layer holds for each token."""
+    hidden = layer.hidden_size
+    heads = getattr(layer, "num_attention_heads", None) or 1  # state-space models have none; loading refuses them
+    head_dim = getattr(layer, "qk_head_dim", None) or getattr(layer, "head_dim", None) or hidden // heads
+    kv_heads = getattr(layer, "num_key_value_heads", None) or heads
+    intermediate = getattr(layer, "intermediate_size", None) or getattr(layer, "n_inner", None) or 4 * hidden
+    attention_block = 3 * hidden + 2 * (heads + kv_heads) * head_dim * 2
+    mlp_block = 3 * hidden + 3 * intermediate
+    return max(attention_block, mlp_block)
 
 
 def _attention_bytes(text: Any, tokens: int, itemsize: int, implementation: str) -> int:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from locos_fast.architecture import UnsupportedModelError
 
-SLACK = 64  # rounding errors that the reproduction of a norm may differ by, relative to its outputs
+SLACK = 4  # rounding errors of the outputs' dtype that the reproduction of a norm may differ by, relative to them
+SLACK_INSIDE = 64  # and of float32, in which transformers' norms work inside, whatever the model's dtype
 
 
 class FrozenNorm(NamedTuple):
@@ -52,8 +53,7 @@ def freeze(module: nn.Module, inputs: Tensor, outputs: Tensor) -> FrozenNorm:
         for centred in (False, True)
     ]
     norm, error = min(forms, key=lambda form: form[1])
-    # transformers' norms work in float32 inside, also in a float64 model
-    if error > SLACK * max(torch.finfo(outputs.dtype).eps, torch.finfo(torch.float32).eps):
+    if error > max(SLACK * torch.finfo(outputs.dtype).eps, SLACK_INSIDE * torch.finfo(torch.float32).eps):
         raise UnsupportedModelError(
             f"{type(module).__name__} cannot be pulled back: no known kind of norm reproduces its outputs "
             f"(relative error {error:.1e})"

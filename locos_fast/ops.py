@@ -169,24 +169,29 @@ def position_contribution(
 
 def span_table(spans: Spans, batch: int) -> Tensor:
     """Check `spans` and return them as a (B or 1, S, 2) int64 tensor on the CPU (one copy from a GPU tensor)."""
+    table = checked_spans(spans)
     if isinstance(spans, Tensor):
-        _require(
-            spans.ndim == 3 and spans.shape[0] == batch and spans.shape[2] == 2 and not spans.is_floating_point(),
-            "spans",
-            f"pairs, or an int ({batch}, S, 2) tensor",
-            f"{_shape(spans)} {spans.dtype}",
-        )
+        _require(len(spans) in (1, batch), "spans", f"an int ({batch}, S, 2) tensor", _shape(spans))
+    return table
+
+
+def checked_spans(spans: Spans) -> Tensor:
+    """`span_table` where the batch is not known yet."""
+    if isinstance(spans, Tensor):
+        fits = spans.ndim == 3 and spans.shape[2] == 2 and not spans.is_floating_point()
+        _require(fits, "spans", "pairs, or an int (B, S, 2) tensor", f"{_shape(spans)} {spans.dtype}")
         table = spans.to("cpu", torch.int64)
     else:
-        for pair in spans:
-            _require(
-                len(pair) == 2 and all(hasattr(x, "__index__") for x in pair), "spans", "pairs of ints", repr(pair)
-            )
-        table = torch.tensor([[(int(start), int(end)) for start, end in spans]], dtype=torch.int64)
+        pairs = list(spans)
+        for pair in pairs:
+            if not _is_int_pair(pair):
+                _require(False, "spans", "pairs of ints", repr(pair))
+        table = torch.tensor([[(int(start), int(end)) for start, end in pairs]], dtype=torch.int64)
     _require(table.shape[1] > 0, "spans", "at least one (start, end)", "none")
-    start, end = table.flatten(0, 1).unbind(-1)
-    for s, e in zip(start.tolist(), end.tolist(), strict=True):
-        _require(0 <= s < e, "spans", "0 <= start < end", f"({s}, {e})")
+    flat = table.flatten(0, 1)
+    wrong = (flat[:, 0] < 0) | (flat[:, 0] >= flat[:, 1])
+    if bool(wrong.any()):
+        _require(False, "spans", "0 <= start < end", str(tuple(flat[wrong][0].tolist())))
     return table
 
 
@@ -195,9 +200,18 @@ def _placed(table: Tensor, like: Tensor, implementation: ModuleType) -> Tensor:
     return table.to(like.device) if implementation in (reference, torch_ops) else table
 
 
+def _is_int_pair(pair: object) -> bool:
+    return isinstance(pair, Sequence) and len(pair) == 2 and all(hasattr(x, "__index__") for x in pair)
+
+
 def triton_available() -> bool:
     """Whether the Triton kernels can be imported here."""
     return importlib.util.find_spec("triton") is not None
+
+
+def chosen_backend(backend: str, tensor: Tensor) -> str:
+    """The name of the backend that would work on `tensor`; raises ValueError as every function here does."""
+    return _implementation(backend, tensor).__name__.rpartition(".")[2].removesuffix("_ops")
 
 
 def _implementation(backend: str, tensor: Tensor) -> ModuleType:

@@ -4,6 +4,7 @@ answer."""
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from locos_fast.trials import Trial
@@ -57,6 +58,8 @@ def insert_needle(context: str, needle: str, depth: float) -> tuple[str, int]:
         raise ValueError(f"depth: expected percent, 0 to 100, got {depth:g}")
     if len(needle) > len(context):
         raise ValueError(f"needle: {len(needle)} characters are longer than the context of {len(context)}")
+    if needle in context:
+        raise ValueError("needle: already in the context; without a depth it is scored where it stands")
     target = len(context) * depth / 100
     boundaries = [0, *(match.end() for match in SENTENCE_END.finditer(context)), len(context)]
     cut = max(boundary for boundary in boundaries if boundary <= target)
@@ -85,17 +88,23 @@ def _tokenise(tokenizer: Any, prompt: str, start: int, end: int) -> tuple[list[i
     inside = [i for i, (low, high) in enumerate(encoded["offset_mapping"]) if low < end and high > start and high > low]
     if not inside:
         raise ValueError("needle: the tokenizer gives it no tokens")
-    return list(encoded["input_ids"]), (inside[0], inside[-1] + 1)
+    return _without_eos(tokenizer, encoded["input_ids"]), (inside[0], inside[-1] + 1)
 
 
 def _continuation(tokenizer: Any, prompt: str, ids: list[int], answer: str) -> list[int]:
     space = "" if prompt[-1].isspace() or answer[0].isspace() else " "
-    together = list(tokenizer(prompt + space + answer)["input_ids"])
-    while together and together[-1] == tokenizer.eos_token_id:  # some tokenizers end every text with it
-        together.pop()
+    together = _without_eos(tokenizer, tokenizer(prompt + space + answer)["input_ids"])
     if len(together) > len(ids) and together[: len(ids)] == ids:
         return together[len(ids) :]
     alone = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
     if not alone:
         raise ValueError("answer: the tokenizer gives it no tokens")
     return alone
+
+
+def _without_eos(tokenizer: Any, ids: Sequence[int]) -> list[int]:
+    """Some tokenizers end every text with the end-of-sequence token; nothing is predicted after it."""
+    kept = list(ids)
+    while kept and kept[-1] == tokenizer.eos_token_id:
+        kept.pop()
+    return kept

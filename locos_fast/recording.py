@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,10 @@ from locos_fast.contributions import Summary
 from locos_fast.mask_reading import Call, RowsSeen, read_visibility, select_rows
 
 UNSUPPORTED_ARGUMENTS = ("indices", "block_indices", "position_bias", "cache")  # sparse, biased or paged attention
+
+
+class RecordingError(RuntimeError):
+    """A recording that was asked for did not come about, or does not reproduce what the model computed."""
 
 
 class LayerRecord(NamedTuple):
@@ -90,7 +95,7 @@ def record(
     compare it with direction . output. It reads V once more and catches a mask, scale, cap or sink that was misread.
 
     Raises UnsupportedModelError for models that cannot be recorded, ValueError for rows and spans that do not fit,
-    RuntimeError for nested recordings of one model, and on exit if a layer or a row was never computed.
+    RecordingError for nested recordings of one model, and on exit if a layer or a row was never computed.
     """
     recorder = _Recorder(model, rows, spans, backend, verify)
     with recorder.attached():
@@ -107,11 +112,12 @@ class _Recorder:
         self.layers = attention_layers(model)
         self.decoder = decoder(model)
         self.rows = _row_table(rows)
-        self.spans, self.backend, self.verify = spans, backend, verify
+        self.spans = ops.checked_spans(spans)
+        self.backend, self.verify = backend, verify
         self.recording = Recording()
         self.filled: dict[int, Tensor] = {}  # layer -> (B or 1, T) bool: which rows were computed
         self.past = 0  # slots computed before this forward
-        self.seen_in_forward: dict[tuple, tuple[Any, list[RowsSeen]]] = {}  # visibility per distinct mask
+        self.seen_in_forward: dict[tuple, tuple[Callable[[], Any], list[RowsSeen]]] = {}  # by distinct mask
         self.layer_of = {id(layer.module): layer for layer in self.layers}
 
     @contextlib.contextmanager
@@ -184,10 +190,11 @@ class _Recorder:
         is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         window = kwargs.get("sliding_window")
         key = (id(mask), call.n_keys, call.device, implementation, is_causal, window)
-        if key not in self.seen_in_forward:
+        known = self.seen_in_forward.get(key)
+        if known is None or known[0]() is not mask:  # a dead mask's id may serve another one
             seen = read_visibility(mask, call, implementation=implementation, is_causal=is_causal, window=window)
-            self.seen_in_forward[key] = (mask, seen)  # the mask is held so that its id stays its own
-        return self.seen_in_forward[key][1]
+            known = self.seen_in_forward[key] = (_reference(mask), seen)
+        return known[1]
 
     def _keep(self, index: int, kept: LayerRecord, steps: Tensor, inside: Tensor) -> None:
         """Merge the rows of this call into the layer's record."""
@@ -208,14 +215,14 @@ class _Recorder:
         for layer in self.layers:
             filled = self.filled.get(layer.number)
             if filled is None or not bool(filled.any()):
-                raise RuntimeError(
+                raise RecordingError(
                     f"layer {layer.number} ({type(layer.module).__name__}) never computed an answer row through "
                     f"attention implementation {layer.module.config._attn_implementation!r}; "
                     "was the model run inside the context, and over the rows asked for?"
                 )
             if not bool(filled.all()):
                 missing = sorted(set(self.rows[~filled].tolist()))
-                raise RuntimeError(f"rows {missing} were never computed in layer {layer.number}")
+                raise RecordingError(f"rows {missing} were never computed in layer {layer.number}")
 
 
 class _Registry:
@@ -231,7 +238,7 @@ class _Registry:
         modules = list(recorder.layer_of)
         with self.lock:
             if any(module in self.recorders for module in modules):
-                raise RuntimeError("this model is already being recorded; recordings of one model cannot be nested")
+                raise RecordingError("this model is already being recorded; recordings of one model cannot be nested")
             self.recorders.update(dict.fromkeys(modules, recorder))
             for name in names:
                 self._install(name)
@@ -284,6 +291,11 @@ def _eager_attention(module: nn.Module) -> Callable:
         if name.endswith("eager_attention_forward") and name in names:
             return names[name]
     raise UnsupportedModelError(f"{type(module).__name__} has no eager attention function to record")
+
+
+def _reference(mask: Any) -> Callable[[], Any]:
+    """A reference that does not keep the mask alive: under a device map every layer may be given its own copy."""
+    return (lambda: None) if mask is None else weakref.ref(mask)
 
 
 def _row_table(rows: Sequence[int] | Tensor) -> Tensor:
@@ -371,7 +383,7 @@ def _verify(
         ).total
         error = (total - torch.einsum("bthd,hd->bht", kept.to(dtype), direction)).abs()
         if bool((error > _rounding(value.dtype) * size + torch.finfo(dtype).tiny).any()):
-            raise RuntimeError(
+            raise RecordingError(
                 f"layer {layer.number} ({type(layer.module).__name__}): the recorded attention does not reproduce the "
                 f"head outputs (largest error {float(error.max()):.3g} logits of a random direction); its mask, scale, "
                 "softcap or sinks were misread"

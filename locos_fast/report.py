@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,10 +10,12 @@ import numpy as np
 from rich.table import Table
 
 from locos_fast.demo import CHANCE, DECOYS, DETECTORS, KINDS, DemoResult
-from locos_fast.head_scores import NAMES, Head, HeadScores
+from locos_fast.head_scores import DETECTOR_NAMES, Head, HeadScores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from locos_fast.diagnosis import Diagnosis
 
 MARKS = {"planted": ("s", "black"), "read_only": ("o", "tab:orange"), "write_only": ("^", "tab:purple")}
 
@@ -41,7 +43,7 @@ def detector_table(result: DemoResult) -> Table:
     for kind in KINDS:
         table.add_column(f"{kind.replace('_', '-')} questions")
     for detector in DETECTORS:
-        table.add_row(NAMES[detector], *(_finding(result, detector, kind) for kind in KINDS))
+        table.add_row(DETECTOR_NAMES[detector], *(_finding(result, detector, kind) for kind in KINDS))
     return table
 
 
@@ -76,6 +78,38 @@ def recall_table(result: DemoResult) -> Table:
     return table
 
 
+def diagnosis_table(diagnosis: Diagnosis) -> Table:
+    """Layer by layer: what it is, how many heads of what size, and how exactly they are scored."""
+    table = Table(title=f"{diagnosis.model}: what is scored, and how exactly")
+    for column in ("layer", "kind", "heads", "KV heads", "head dim", "residual", "scored"):
+        table.add_column(column, justify="left" if column in ("kind", "scored") else "right")
+    for layer in diagnosis.layers:
+        size = "-" if layer.head_dim is None else str(layer.head_dim)
+        if layer.value_dim != layer.head_dim:
+            size += f", values {layer.value_dim}"
+        heads = ("-" if count is None else str(count) for count in (layer.heads, layer.kv_heads))
+        verdict = layer.verdict if layer.reason is None else f"{layer.verdict}: {layer.reason}"
+        table.add_row(str(layer.number), layer.kind, *heads, size, _residual(layer.residual), verdict)
+    return table
+
+
+def diagnosis_summary(diagnosis: Diagnosis) -> Iterator[str]:
+    """The lines below the table."""
+    yield f"whole model: {diagnosis.verdict} (residual {_residual(diagnosis.residual)})"
+    if diagnosis.frozen_refused is None:
+        yield 'norm="frozen" (true logit units) and norm="none" (the published score) are both available'
+    else:
+        yield f'norm="frozen" (true logit units) is not available: {diagnosis.frozen_refused}'
+        yield 'norm="none" (the published score) still works'
+    if diagnosis.softcap is not None:
+        yield f"final logits are soft-capped at {diagnosis.softcap:g}; contributions are to the logit before that"
+    yield f"attention {diagnosis.attn_implementation}, {diagnosis.dtype}, backend {diagnosis.backend}"
+
+
+def _residual(residual: float | None) -> str:
+    return "-" if residual is None else f"{residual:.1e}"
+
+
 def save_heat_map(scores: HeadScores, path: Path, *, title: str) -> None:
     """One heat map, layers x heads, of the LOCOS score."""
     import matplotlib
@@ -102,7 +136,7 @@ def save_demo_picture(result: DemoResult, path: Path) -> None:
     for row, kind in zip(grid, KINDS, strict=True):
         marks = {"planted": result.planted_heads(kind)} | {role: result.planted.heads[role] for role in DECOYS}
         for axes, detector in zip(row, DETECTORS, strict=True):
-            _draw(axes, result.scores[kind], detector, f"{NAMES[detector]}, {kind.replace('_', '-')}", marks)
+            _draw(axes, result.scores[kind], detector, f"{DETECTOR_NAMES[detector]}, {kind.replace('_', '-')}", marks)
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(MARKS))
     figure.savefig(path, dpi=110)

@@ -26,7 +26,7 @@ from locos_fast.architecture import (
 )
 from locos_fast.norms import FrozenNorm, freeze
 
-SLACK = 64  # rounding errors of the model's dtype that a sum in the stream may differ by
+SLACK = 4  # rounding errors of the model's dtype that a sum in the stream may differ by
 
 
 class Passage(NamedTuple):
@@ -80,7 +80,8 @@ def trace_projections(model: PreTrainedModel, rows: Sequence[int]) -> Iterator[S
 def trace(model: PreTrainedModel, rows: Sequence[int]) -> Iterator[StreamTrace]:
     """Keep the residual stream at `rows` of the one forward pass inside the context.
 
-    The pass must be a single prefill of one prompt without a cache, with logits for `rows` only or for all tokens.
+    rows: increasing token indices. The pass must be a single prefill of one prompt without a cache, with logits for all
+    tokens, for `rows` only, or, if it ends at the last row, for the last tokens.
     """
     result = StreamTrace(model)
     tracer = _Tracer(result, list(rows))
@@ -118,9 +119,12 @@ class _Tracer:
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
             return None
         flat = x.detach().reshape(-1, x.shape[-1])
-        if len(flat) == len(self.rows):
+        if len(flat) == len(self.rows):  # given these rows only, or there are no others: rows are sorted
             return flat.clone()
-        return flat[self.rows] if len(flat) > max(self.rows) else None
+        if len(flat) <= self.rows[-1]:  # given the last tokens only, of a pass that ends at the last row
+            skipped = self.rows[-1] + 1 - len(flat)
+            return flat[[row - skipped for row in self.rows]] if skipped <= self.rows[0] else None
+        return flat[self.rows]
 
     def _passage(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Passage | None:
         given = args[0] if args else next((x for x in kwargs.values() if isinstance(x, Tensor)), None)
@@ -164,38 +168,71 @@ class AttentionPath(NamedTuple):
     layer_scale: float  # the whole stream is multiplied by this at the end of the layer
 
 
-def attention_path(layer: LayerTrace, attention: AttentionLayer) -> AttentionPath:
-    """Follow a layer's attention output into the stream.
+def attention_path(layer: LayerTrace, attention: AttentionLayer, projected: Passage) -> AttentionPath:
+    """Follow what a layer's attention projected (`projected`) into the stream.
 
     Raises UnsupportedModelError, naming the layer, if what the stream received is not a multiple of that output.
     """
     at, output = _attention_call(layer, attention)
-    norm_call = next((call for call in layer.children[at + 1 :] if _same(call.inputs, output)), None)
-    norm = None if norm_call is None else freeze(norm_call.module, norm_call.inputs, norm_call.outputs)
-    added = (output if norm_call is None else norm_call.outputs).to(_dtype(output))
+    added = output.to(_dtype(output))
+    if not _close(projected.outputs.to(added), added, added, output.dtype):
+        raise UnsupportedModelError(
+            f"layer {attention.number}: the output of {type(attention.module).__name__} is not what its "
+            f"{type(projected.module).__name__} returned, and cannot be followed back to its heads"
+        )
+    taken_in = (call for call in layer.children[at + 1 :] if _same(call.inputs, output))
+    norm_call = next((call for call in taken_in if not _same(call.outputs, output)), None)  # not a dropout at rest
+    norm = None
+    if norm_call is not None:
+        norm, added = freeze(norm_call.module, norm_call.inputs, norm_call.outputs), norm_call.outputs.to(added)
     scale = float(getattr(layer.module, "layer_scalar", 1.0))
+    # every sum that should be there is there only up to rounding, which may be much of a small write: take the best
+    multiplier, write = min(
+        _candidates(layer, at, added, scale), key=lambda candidate: float((candidate[1] - candidate[0] * added).norm())
+    )
+    if not _close(write, multiplier * added, layer.inputs.to(added), output.dtype):
+        raise UnsupportedModelError(
+            f"layer {attention.number} ({type(layer.module).__name__}): cannot follow the output of "
+            f"{type(attention.module).__name__} into the residual stream"
+        )
+    return AttentionPath(norm, multiplier, write, scale)
+
+
+def _candidates(layer: LayerTrace, at: int, added: Tensor, scale: float) -> Iterator[tuple[float, Tensor]]:
+    """Multipliers, and what the stream received if the layer used them."""
     start = layer.inputs.to(added)
-    candidates = _multipliers(layer.module)
+    whole = layer.outputs.to(added) / scale - start
+    yield 1.0, whole  # nothing else in this layer
     # sequential layers: something after the attention (the next norm) takes in the stream with the attention's write
     for call in layer.children[at + 1 :]:
-        if call is norm_call or call.inputs.shape != start.shape:
-            continue
-        middle = call.inputs.to(added) - start
-        for multiplier in candidates:
-            if _close(middle, multiplier * added, start, output.dtype):
-                return AttentionPath(norm, multiplier, middle, scale)
+        if call.inputs.shape == start.shape:
+            for multiplier in _multipliers(layer.module):
+                yield multiplier, call.inputs.to(added) - start
     # parallel layers: the stream receives the attention and another block's output at once
-    whole = layer.outputs.to(added) / scale - start
     for call in layer.children:
-        if call.outputs.shape != start.shape:
-            continue
-        middle = whole - call.outputs.to(added)
-        if _close(middle, added, start, output.dtype):
-            return AttentionPath(norm, 1.0, middle, scale)
-    raise UnsupportedModelError(
-        f"layer {attention.number} ({type(layer.module).__name__}): cannot follow the output of "
-        f"{type(attention.module).__name__} into the residual stream"
-    )
+        if call.outputs.shape == start.shape:
+            yield 1.0, whole - call.outputs.to(added)
+
+
+def check_stream_passes(number: int, layer: LayerTrace, write: Tensor, scale: float) -> Tensor:
+    """What other blocks of a layer wrote, (T, hidden): `outputs / scale - inputs - write`.
+
+    Raises UnsupportedModelError, naming the layer, unless that is a sum of what the layer's children returned; it is
+    not where the layer rescales or normalises the stream itself, which directions from behind it would not survive.
+    """
+    inputs = layer.inputs.to(write)
+    rest = layer.outputs.to(write) / scale - inputs - write
+    parts = [call.outputs for call in layer.children if call.outputs.shape == rest.shape]
+    few = slice(8)  # rows are evidence enough
+    target = rest[few].double().cpu().reshape(-1, 1)
+    blocks = torch.stack([part[few].double().cpu().flatten() for part in parts or [rest.new_zeros(rest.shape)]], dim=1)
+    fitted = blocks @ torch.linalg.lstsq(blocks, target, driver="gelsd").solution
+    if not _close(target, fitted, inputs[few].double().cpu(), layer.outputs.dtype):
+        raise UnsupportedModelError(
+            f"layer {number} ({type(layer.module).__name__}) changes the residual stream in a way that cannot be "
+            "followed: it does more than add what its parts return"
+        )
+    return rest
 
 
 def _attention_call(layer: LayerTrace, attention: AttentionLayer) -> tuple[int, Tensor]:

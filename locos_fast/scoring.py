@@ -9,6 +9,7 @@ arXiv 2607.01002). The sum over all keys is w . head output, so the recording ne
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 
 from locos_fast._version import __version__
 from locos_fast.architecture import layer_count
-from locos_fast.attribution import attribute_heads
+from locos_fast.attribution import Attribution, attribute_heads
 from locos_fast.directions import Target, head_directions, token_directions
 from locos_fast.head_scores import ARRAYS, HeadScores
 from locos_fast.recording import LayerRecord, Recording, record
@@ -63,10 +64,10 @@ def score_tokens(
     which no row does is NaN in score, l_plus, l_minus and attention_spatial.
     Raises ValueError for arguments that do not fit and UnsupportedModelError for models that cannot be recorded.
     """
-    if norm not in NORMS:
-        raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
+    check_norm(norm)
     spans = _union(needle_span)
     _check(input_ids, spans, answer_positions)
+    answer_positions, contrast = _in_order(answer_positions, contrast)
     rows = [position - 1 for position in answer_positions]
     fed = input_ids[:, : max(rows) + 1]  # a causal model's answer rows do not depend on anything later
     answer_ids = input_ids[0, list(answer_positions)]
@@ -77,7 +78,7 @@ def score_tokens(
         record(model, rows, spans, backend=backend, verify=verify) as recording,
         follow(model, rows) as stream,
     ):
-        logits = _answer_logits(model, fed, rows)
+        logits = answer_logits(model, fed, rows)
     with torch.inference_mode():
         directions, completeness = _directions(model, norm, stream, recording, target, logits)
         arrays = _score_layers(model, recording, directions, input_ids, spans, answer_ids)
@@ -118,6 +119,24 @@ class LocosScorer:
         return scores
 
 
+def _in_order(
+    positions: Sequence[int], contrast: str | Sequence[int] | None
+) -> tuple[list[int], str | list[int] | None]:
+    """Answer positions in increasing order, and the contrast tokens with them."""
+    order = sorted(range(len(positions)), key=lambda i: positions[i])
+    if contrast is not None and not isinstance(contrast, str) and len(contrast) == len(positions):
+        contrast = [int(contrast[i]) for i in order]
+    return [int(positions[i]) for i in order], contrast if contrast is None or isinstance(contrast, str) else list(
+        contrast
+    )
+
+
+def check_norm(norm: str) -> None:
+    """Raises ValueError if this is no norm mode."""
+    if norm not in NORMS:
+        raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
+
+
 def describe_model(model: PreTrainedModel) -> dict[str, Any]:
     """Model, dtype, attention implementation and library versions, for the `meta` of scores."""
     parameter = next(model.parameters())
@@ -135,12 +154,31 @@ def describe_model(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _answer_logits(model: PreTrainedModel, input_ids: Tensor, rows: list[int]) -> Tensor:
+def answer_logits(model: PreTrainedModel, input_ids: Tensor, rows: list[int]) -> Tensor:
     """One forward pass without a KV cache; logits of the answer rows only, (T, vocabulary)."""
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return model(input_ids, use_cache=False).logits[0, rows]
+    last = input_ids.shape[1] - rows[0]
+    if last == len(rows) or len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        # a number works wherever the last layer is; an index tensor only on the device of the input
+        logits = model(input_ids, use_cache=False, logits_to_keep=last).logits[0]
+        return logits[[row - rows[0] for row in rows]]
     wanted = torch.tensor(rows, device=input_ids.device)
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        return model(input_ids, use_cache=False, logits_to_keep=wanted).logits[0]
-    return model(input_ids, use_cache=False).logits[0, wanted]
+    return model(input_ids, use_cache=False, logits_to_keep=wanted).logits[0]
+
+
+def completeness_of(attribution: Attribution) -> dict[str, Any]:
+    """How far the contributions are from adding up, of the whole model and of each layer, for `meta`.
+
+    Relative to the sum of absolute components; None instead of what is not finite, which JSON does not have.
+    """
+    layers = {str(number): finite(layer.residual) for number, layer in sorted(attribution.layers.items())}
+    return {"overall": finite(attribution.residual), "layers": layers}
+
+
+def finite(x: float | None) -> float | None:
+    """None for nan and infinity."""
+    return x if x is not None and math.isfinite(x) else None
 
 
 class RowScores(NamedTuple):
@@ -165,11 +203,7 @@ def _directions(
     """w (T, H, Dv) of every attention layer, and what to say of their exactness in `meta`."""
     if norm == "frozen":
         attribution = attribute_heads(model, stream, recording, target, logits)
-        completeness = {
-            "overall": attribution.residual,
-            "layers": {str(number): layer.residual for number, layer in sorted(attribution.layers.items())},
-        }
-        meta = {"completeness": completeness, "final_logit_softcap": attribution.softcap}
+        meta = {"completeness": completeness_of(attribution), "final_logit_softcap": attribution.softcap}
         return {number: layer.directions for number, layer in attribution.layers.items()}, meta
     direction = token_directions(model, target)
     directions = {}

@@ -141,10 +141,10 @@ class Partials(NamedTuple):
 
     @classmethod
     def allocate(cls, grid: Grid, kv: int, pairs: int, kv_heads: int, device: torch.device) -> Partials:
-        largest, denominator, total = torch.empty((3, kv, grid.splits, grid.rows), device=device)
+        largest, denominator, total = torch.empty((3, kv, grid.splits, grid.rows), dtype=torch.float32, device=device)
         column = torch.empty((kv, grid.splits, grid.rows), dtype=torch.int32, device=device)
-        mass, phi = torch.empty((2, pairs, kv_heads, grid.rows), device=device)
-        unwritten = torch.full((pairs, kv_heads, grid.rows), -torch.inf, device=device)
+        mass, phi = torch.empty((2, pairs, kv_heads, grid.rows), dtype=torch.float32, device=device)
+        unwritten = torch.full((pairs, kv_heads, grid.rows), -torch.inf, dtype=torch.float32, device=device)
         return cls(largest, denominator, total, column, unwritten, mass, phi)
 
 
@@ -170,8 +170,8 @@ def _combine_splits(
     with_total: bool,
 ) -> Rows:
     batch, heads, steps = query.shape[:3]
-    largest, inverse = torch.empty((2, batch * kv_heads, grid.rows), device=query.device)
-    lse, total_mass, total = torch.empty((3, batch, heads, steps), device=query.device)
+    largest, inverse = torch.empty((2, batch * kv_heads, grid.rows), dtype=torch.float32, device=query.device)
+    lse, total_mass, total = torch.empty((3, batch, heads, steps), dtype=torch.float32, device=query.device)
     argmax = torch.empty((batch, heads, steps), dtype=torch.int64, device=query.device)
     combine_splits[grid.row_blocks, batch * kv_heads](
         *partials,
@@ -201,8 +201,8 @@ def _combine_spans(
     """mass and span, (B, H, T, S); `rows` is None where the weights are already attention weights."""
     batch, heads, steps = like.shape[:3]
     n_spans = plan.start.shape[1]
-    mass, span = torch.empty((2, batch, heads, steps, n_spans), device=like.device)
-    combine_spans[grid.row_blocks, n_spans, batch * kv_heads](
+    mass, span = torch.empty((2, batch, heads, steps, n_spans), dtype=torch.float32, device=like.device)
+    combine_spans[n_spans, grid.row_blocks, batch * kv_heads](
         plan.start,
         plan.end,
         plan.pair,
@@ -360,7 +360,7 @@ def attention_summary(
     attention = Attention.of(query, visibility, scale, softcap)
     columns = (spans - visibility.kv_offset).expand(batch, -1, -1).clamp(0, n_keys).int()
     start, end = columns[..., 0].contiguous(), columns[..., 1].contiguous()
-    states = torch.empty((2, batch * kv_heads, grid.splits, grid.rows), device=query.device)
+    states = torch.empty((2, batch * kv_heads, grid.splits, grid.rows), dtype=torch.float32, device=query.device)
     column = torch.empty((batch * kv_heads, grid.splits, grid.rows), dtype=torch.int32, device=query.device)
     shape = {
         "GROUP": heads // kv_heads,
@@ -399,12 +399,12 @@ def attention_summary(
             grid,
             with_total=False,
         )
-        mass = torch.empty((batch, heads, steps, n_spans), device=query.device)
-        output = torch.empty((batch, heads, steps, n_spans, value_dim), device=query.device)
+        mass = torch.empty((batch, heads, steps, n_spans), dtype=torch.float32, device=query.device)
+        output = torch.empty((batch, heads, steps, n_spans, value_dim), dtype=torch.float32, device=query.device)
         block_m = 16  # a (rows x head_dim) accumulator is only affordable for few rows
         tile = tiles.select(grid.arch, query.element_size(), head_dim, value_dim)
         lanes = tiles.output_lanes(value_dim, value.element_size())
-        span_output[-(-(heads // kv_heads * steps) // block_m), batch * kv_heads, n_spans * -(-value_dim // lanes)](
+        span_output[n_spans * -(-value_dim // lanes), -(-(heads // kv_heads * steps) // block_m), batch * kv_heads](
             query,
             key,
             value,
@@ -456,7 +456,7 @@ def ov_contribution(
     grid = Grid.of(attn, value, value)
     plan = SpanPlan.of(spans, batch, n_keys, grid.tile.block_n, attn.device)
     partials = Partials.allocate(grid, batch * kv_heads, plan.pairs, kv_heads, attn.device)
-    total_mass, total = torch.empty((2, batch, heads, steps), device=attn.device)
+    total_mass, total = torch.empty((2, batch, heads, steps), dtype=torch.float32, device=attn.device)
     argmax = torch.empty((batch, heads, steps), dtype=torch.int64, device=attn.device)
     with _on(attn.device):
         for span_pass, local in plan.passes():

@@ -112,6 +112,8 @@ BAD = {
     "unknown model path": ({"model": "./no/such/model"}, "model: no folder"),
     "unknown dtype": ({"dtype": "int3"}, "dtype: expected"),
     "unknown device": ({"device": "warp"}, "device: 'warp' cannot be used"),
+    "needle already there": ({"depth": "50"}, "needle: already in the context"),
+    "device and device map": ({"device_map": "auto"}, "give --device or --device-map"),
     "unknown attention": ({"attn_implementation": "telepathy"}, "model: cannot load"),
 }
 
@@ -195,6 +197,31 @@ def test_a_run_that_cannot_fit_is_refused_before_loading(capsys, monkeypatch, pl
     monkeypatch.setattr(memory_estimate, "available", lambda device: 1000)
     code, _, err = run(capsys, monkeypatch, arguments(planted))
     assert (code, "memory: this run needs about" in err) == (2, True)
+
+
+def test_a_prompt_longer_than_the_model_can_take_is_refused(capsys, monkeypatch, planted, tmp_path):
+    (tmp_path / "long.txt").write_text("word . " * 70_000)
+    command = arguments(planted, context=str(tmp_path / "long.txt"), depth="50")
+    code, _, err = run(capsys, monkeypatch, command)
+    assert (code, "longer than the model's 131072 positions" in err) == (2, True)
+
+
+def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt(planted):
+    from tokenizers.processors import TemplateProcessing
+
+    from locos_fast.prompts import compose
+
+    folder, model, trial = planted
+    text = {"needle": trial.needle, "question": trial.question, "answer": trial.answer}
+    context = (folder / "with.txt").read_text()
+    plain = compose(model.tokenizer, context=context, **text)
+    ending = type(model.tokenizer).from_pretrained(folder / "model")
+    special = [(token, ending.convert_tokens_to_ids(token)) for token in (ending.bos_token, ending.eos_token)]
+    template = f"{ending.bos_token} $A {ending.eos_token}"
+    ending.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
+    assert ending("word")["input_ids"][-1] == ending.eos_token_id
+    composed = compose(ending, context=context, **text)
+    assert (composed.prompt_ids, composed.answer_ids) == (plain.prompt_ids, plain.answer_ids)
 
 
 def test_planted_writes_a_model_and_keeps_an_old_one(capsys, monkeypatch, tmp_path):

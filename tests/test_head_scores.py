@@ -144,16 +144,27 @@ def test_an_empty_folder_and_other_files_are_no_obstacle(tmp_path: Path) -> None
     assert names(tmp_path) == [*FILES, "trials.jsonl"]
 
 
-@pytest.mark.parametrize("present", FILES)
-def test_a_folder_that_holds_scores_is_not_overwritten(tmp_path: Path, present: str) -> None:
-    (tmp_path / present).write_text("precious")
+@pytest.mark.parametrize(
+    ("present", "content"), [("config.json", '{"schema_version": 0}'), ("scores.safetensors", "precious")]
+)
+def test_a_folder_that_holds_scores_is_not_overwritten(tmp_path: Path, present: str, content: str) -> None:
+    (tmp_path / present).write_text(content)
     with pytest.raises(FileExistsError, match="already holds scores"):
         make().save_pretrained(tmp_path)
     assert names(tmp_path) == [present]
-    assert (tmp_path / present).read_text() == "precious"
+    assert (tmp_path / present).read_text() == content
     make(meta=META).save_pretrained(tmp_path, overwrite=True)
     assert HeadScores.from_pretrained(tmp_path).meta == META
     assert names(tmp_path) == FILES
+
+
+@pytest.mark.parametrize("config", ['{"model_type": "llama"}', "not JSON"])
+def test_a_config_that_is_not_of_scores_is_never_replaced(tmp_path: Path, config: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match=r"holds a config\.json that is not of scores"):
+            make().save_pretrained(tmp_path, overwrite=overwrite)
+    assert (tmp_path / "config.json").read_text() == config
 
 
 def test_a_file_in_place_of_the_folder_is_left_alone(tmp_path: Path) -> None:

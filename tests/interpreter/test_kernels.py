@@ -58,6 +58,7 @@ SHAPES = {
     "three splits, three row blocks": {"dtype": HALF, "keys": 1100, "group": 8, "rows": 9, "kv_heads": 1},
     "wide float32, taken in parts": {"dtype": SINGLE, "keys": 70, "head_dim": 128, "value_dim": 96},
     "wide float16": {"dtype": HALF, "keys": 70, "head_dim": 128, "value_dim": 80},
+    "widest float16, taken in parts": {"dtype": HALF, "keys": 40, "group": 1, "head_dim": 512, "value_dim": 264},
     "output in two chunks, float32": {"dtype": SINGLE, "keys": 33, "value_dim": 144},
     "output in two chunks, float16": {"dtype": HALF, "keys": 33, "value_dim": 256},
 }
@@ -87,16 +88,17 @@ def test_kernels_read_any_layout(layout):
     weights_bound(weights).check(weights.contributions("triton"))
 
 
-def test_half_precision_inputs_lose_nothing():
+@pytest.mark.parametrize("head_dim", [80, 272])  # multiplied at once, and in parts
+def test_half_precision_inputs_lose_nothing(head_dim):
     """The bound holds with a naive run in float32 on the same values: neither direction nor alpha is rounded to half.
 
     A float16 high and low half of the direction keep 22 bits together, an error below the 2^-21 that the bound allows.
     """
     spans = [(0, 100), (30, 45)]
-    problem = random_problem(dtype=HALF, keys=100, head_dim=80, spans=spans)
+    problem = random_problem(dtype=HALF, keys=100, head_dim=head_dim, spans=spans)
     contribution_bound(problem, SINGLE).check(problem.contributions("triton"))
     summary_bound(problem, SINGLE).check(problem.summary("triton"))
-    weights = random_weights_problem(dtype=HALF, keys=100, value_dim=80, spans=spans)
+    weights = random_weights_problem(dtype=HALF, keys=100, value_dim=head_dim, spans=spans)
     weights_bound(weights, SINGLE).check(weights.contributions("triton"))
 
 
