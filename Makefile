@@ -28,16 +28,19 @@ test-all: ## the same and the slow ones; gpu tests too where there is a GPU
 test: MARKERS = not gpu and not slow
 test test-all: unit-tests interpreter-tests
 
+# Two processes of one thread each: these models and tiles are too small to share.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
 # With PYTEST_ARGS, a run in which nothing was selected (status 5) is no failure: the choice may lie in the other run.
 NOTHING_CHOSEN = $(if $(PYTEST_ARGS),|| test $$? -eq 5)
 
 unit-tests: $(READY)
-	$(BIN)/python -m pytest -m "$(MARKERS)" $(PYTEST_ARGS) $(NOTHING_CHOSEN)
+	$(PYTEST) -m "$(MARKERS)" $(PYTEST_ARGS) $(NOTHING_CHOSEN)
 
 # Triton decides at import whether kernels are interpreted, hence a process of its own. No Triton outside Linux.
 interpreter-tests: $(READY)
 ifeq ($(shell uname),Linux)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter -m "$(MARKERS)" $(PYTEST_ARGS) $(NOTHING_CHOSEN)
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter -m "$(MARKERS)" $(PYTEST_ARGS) $(NOTHING_CHOSEN)
 endif
 
 check: $(READY) ## style and types: ruff, mypy

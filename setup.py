@@ -14,7 +14,13 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "locos_fast" / "_version.py").read_text())[1]
 README = ROOT / "README.md"
 
-TEST = ["pytest>=8", "pytest-benchmark", "hypothesis", "setuptools>=77"]  # setuptools: the tests build the wheel
+TEST = [
+    "pytest>=8",
+    "pytest-benchmark",
+    "pytest-xdist",
+    "hypothesis",
+    "setuptools>=77",
+]  # setuptools: the tests build the wheel
 DEV = [*TEST, "ruff", "mypy"]
 
 setup(

@@ -63,19 +63,19 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     and for models that are compiled, wrapped (PEFT), tensor-parallel, or in training mode with dropout.
     """
     _refuse_mode(model)
-    layers = [_attention_layer(module) for module in decoder(model).modules() if _is_self_attention(module)]
+    found = [module for module in decoder(model).modules() if _is_self_attention(module)]
+    layers = [_attention_layer(module) for module in found if _calls_interface(module)]
+    if found and not layers:
+        raise UnsupportedModelError(
+            f"{_name(model)} cannot be recorded: {_name(found[0])} computes attention itself "
+            "instead of calling transformers' attention interface"
+        )
     if not layers:
         raise UnsupportedModelError(f"{_name(model)} has no softmax attention layers to record")
     layers.sort(key=lambda layer: layer.number)
     numbers = [layer.number for layer in layers]
     if len(set(numbers)) != len(numbers):
         raise UnsupportedModelError(f"{_name(model)} has several attention modules in one layer")
-    for layer in layers:
-        if "ALL_ATTENTION_FUNCTIONS" not in forward_globals(layer.module):
-            raise UnsupportedModelError(
-                f"{_name(model)} cannot be recorded: {_name(layer.module)} computes attention itself "
-                "instead of calling transformers' attention interface"
-            )
     return layers
 
 
@@ -101,6 +101,11 @@ def unembedding(model: PreTrainedModel) -> nn.Module:
 def forward_globals(module: nn.Module) -> dict:
     """The global names of the source file in which the module's forward is written."""
     return inspect.unwrap(type(module).forward).__globals__
+
+
+def _calls_interface(module: nn.Module) -> bool:
+    """Linear attention and hand-written attention do not, also where a softmax layer in the same file does."""
+    return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(type(module).forward).__code__.co_names
 
 
 def _is_self_attention(module: nn.Module) -> bool:
