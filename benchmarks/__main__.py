@@ -101,7 +101,7 @@ def time_kernels(device: str, planned: Sequence[Planned], *, quick: bool) -> Res
         flags = ["--benchmark-only", f"--benchmark-json={file}", "--benchmark-quiet", f"--device={device}"]
         flags += ["--quick"] if quick else []
         paths = [str(HERE / "bench_kernels.py"), f"--rootdir={HERE.parent}"]  # callable from any folder
-        if pytest.main([*paths, "-q", *flags], plugins=[skips]) != pytest.ExitCode.OK:
+        if pytest.main([*paths, "-q", "--disable-warnings", "-rN", *flags], plugins=[skips]) != pytest.ExitCode.OK:
             return None
         entries = json.loads(file.read_text())["benchmarks"]
     cases = {case.label: case for case, _ in planned}

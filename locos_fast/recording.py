@@ -117,6 +117,7 @@ class _Recorder:
         self.recording = Recording()
         self.filled: dict[int, Tensor] = {}  # layer -> (B or 1, T) bool: which rows were computed
         self.past = 0  # slots computed before this forward
+        self.tokens: int | None = None  # and in it
         self.seen_in_forward: dict[tuple, tuple[Callable[[], Any], list[RowsSeen]]] = {}  # by distinct mask
         self.layer_of = {id(layer.module): layer for layer in self.layers}
 
@@ -139,6 +140,8 @@ class _Recorder:
         bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         cache = bound.get("past_key_values") or bound.get("kwargs", {}).get("past_key_values")
         self.past = 0 if cache is None else int(cache.get_seq_length())
+        given = next((bound[name] for name in ("input_ids", "inputs_embeds") if bound.get(name) is not None), None)
+        self.tokens = None if given is None else given.shape[1]
         self.seen_in_forward.clear()
 
     def _after_forward(self, *_: Any) -> None:
@@ -161,14 +164,16 @@ class _Recorder:
         batch, _, n_queries, _ = query.shape
         if len(self.rows) not in (1, batch):
             raise ValueError(f"rows: expected (T,) or ({batch}, T) slots, got {tuple(self.rows.shape)}")
-        local = self.rows - self.past
+        # a layer may be given only the last tokens as queries (Gemma-4's layers that share keys and values)
+        end = self.past + (n_queries if self.tokens is None else self.tokens)
+        local = self.rows - (end - n_queries)
         inside = (local >= 0) & (local < n_queries)  # (B or 1, T)
         steps = inside.any(0).nonzero()[:, 0]
         if len(steps) == 0:
             return
         rows = local[:, steps].clamp(0, n_queries - 1)
         n_keys = key.shape[2]
-        call = Call(rows, batch, n_queries, n_keys, max(self.past + n_queries - n_keys, 0), query.device)
+        call = Call(rows, batch, n_queries, n_keys, max(end - n_keys, 0), query.device)
         chosen = select_rows(query.transpose(1, 2), rows).transpose(1, 2)  # (B, H, T, D)
         seen = self._visibility(mask, call, module, implementation, kwargs)
         attention = {

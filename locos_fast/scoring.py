@@ -158,9 +158,9 @@ def answer_logits(model: PreTrainedModel, input_ids: Tensor, rows: list[int]) ->
     """One forward pass without a KV cache; logits of the answer rows only, (T, vocabulary)."""
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         return model(input_ids, use_cache=False).logits[0, rows]
-    last = input_ids.shape[1] - rows[0]
-    if last == len(rows) or len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         # a number works wherever the last layer is; an index tensor only on the device of the input
+        last = input_ids.shape[1] - rows[0]
         logits = model(input_ids, use_cache=False, logits_to_keep=last).logits[0]
         return logits[[row - rows[0] for row in rows]]
     wanted = torch.tensor(rows, device=input_ids.device)
