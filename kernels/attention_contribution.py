@@ -7,7 +7,7 @@ output and no attention row. Each program takes one split of the keys of one key
 state per row (`softmax_state`), and the pairs of the spans it meets (`spans`); `combine_splits` and `combine_spans`
 finish.
 
-Reads keys and values once: 2 * N * Hkv * D elements. Work per key and row: 2 D + 4 Dv multiply-adds (the direction is
+Reads keys and values once: 2 * N * Hkv * D elements. Work per key and row: D + 2 Dv multiply-adds (the direction is
 split into two halves), one exp2.
 """
 

@@ -17,9 +17,8 @@ from locos_fast.softmax_state import SoftmaxState, merge, normaliser, weight
 from locos_fast.visibility import Visibility, count_span_visible, count_visible
 
 BLOCK = 2048  # keys per block: a block of scores (32 rows x 8 heads, float32) is 2 MB and stays in cache
-SUMMED_AT_ONCE = (
-    128  # columns of a block per sum over spans: a matrix product adds one by one, and the rounding adds up
-)
+CHUNK = 64  # scores whose maximum is taken first, vectorised, when the position of the largest is looked for
+SUMMED_AT_ONCE = 128  # columns per sum over spans: a matrix product adds one by one, and the rounding adds up
 
 
 class GroupedRows(NamedTuple):
@@ -58,6 +57,7 @@ class Scorer:
         self.query = self.layout.stack(query).to(self.dtype) * (scale if softcap is None else scale / softcap)
         first, last = visibility.columns(query.shape[0])
         self.first, self.last = self.layout.per_row(first), self.layout.per_row(last)  # (B, 1, G*T)
+        self.buffer = key.new_empty(0, dtype=self.dtype)
         n_keys = key.shape[2]
         self.range = max(int(first.min()), 0), min(int(last.max()), n_keys)  # columns some row sees
         self.everyone = int(first.max()), int(last.min())  # columns every row sees, holes apart
@@ -66,9 +66,20 @@ class Scorer:
         for start in range(*self.range, BLOCK):
             yield start, min(start + BLOCK, self.range[1])
 
+    def fetch(self, x: Tensor, start: int, end: int) -> Tensor:
+        """Columns of key or value in the dtype of the scores, valid until the next fetch.
+
+        Always a copy into the same memory: the matrix product then reads from cache (straight from memory it takes a
+        sixth longer), and no fresh pages are asked for in every block.
+        """
+        block = x[:, :, start:end]
+        if self.buffer.numel() < block.numel():
+            self.buffer = x.new_empty(block.numel(), dtype=self.dtype)
+        return self.buffer[: block.numel()].view(block.shape).copy_(block)
+
     def scores(self, start: int, end: int) -> Tensor:
         """(B, Hkv, G*T, end - start) scores, -inf where a row does not see the column."""
-        scores = self.query @ self.key[:, :, start:end].to(self.dtype).mT
+        scores = self.query @ self.fetch(self.key, start, end).mT
         if self.softcap is not None:
             scores = scores.tanh_().mul_(self.softcap)
         hidden = self._hidden(start, end)
@@ -83,9 +94,20 @@ class Scorer:
         return hidden if holes is None else hidden | ~holes[:, None, None, start:end]
 
 
+def largest_score(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """`scores.max(-1)`, the first on ties, four times as fast: torch does not vectorise a maximum with its position."""
+    columns = scores.shape[-1]
+    if columns % CHUNK:
+        return scores.max(-1)
+    chunks = scores.unflatten(-1, (columns // CHUNK, CHUNK))
+    largest, chunk = chunks.amax(-1).max(-1)
+    winner = chunks.gather(-2, chunk[..., None, None].expand(*chunk.shape, 1, CHUNK))[..., 0, :]
+    return largest, chunk * CHUNK + winner.argmax(-1)
+
+
 def block_state(scores: Tensor, first_slot: int) -> tuple[SoftmaxState, Tensor]:
     """The state of one block, without payload, and its exponentials; overwrites `scores`."""
-    largest, argmax = scores.max(-1)
+    largest, argmax = largest_score(scores)
     seen = largest != -torch.inf
     exponentials = scores.sub_(torch.where(seen, largest, 0.0)[..., None]).exp_()
     slots = torch.where(seen, argmax + first_slot, -1)
@@ -153,7 +175,7 @@ def attention_contribution(
         block, exponentials = block_state(scorer.scores(start, end), visibility.kv_offset + start)
         sums = torch.zeros_like(state.sums)
         span_sums.add(sums[..., 1 : 1 + n_spans], exponentials, start)
-        phi = exponentials.mul_(direction @ value[:, :, start:end].to(scorer.dtype).mT)
+        phi = exponentials.mul_(direction @ scorer.fetch(value, start, end).mT)
         sums[..., 0] = phi.sum(-1)
         span_sums.add(sums[..., 1 + n_spans :], phi, start)
         state = merge(state, block._replace(sums=sums))
@@ -285,5 +307,5 @@ def position_contribution(
     phi = lse.new_zeros((*lse.shape, key.shape[2]))
     for start, end in scorer.blocks():
         alpha = scorer.scores(start, end).sub_(lse[..., None]).exp_()
-        torch.mul(alpha, direction @ value[:, :, start:end].to(scorer.dtype).mT, out=phi[..., start:end])
+        torch.mul(alpha, direction @ scorer.fetch(value, start, end).mT, out=phi[..., start:end])
     return layout.unstack(phi)
