@@ -1,0 +1,87 @@
+"""Where the spans of a launch meet the tiles of the keys: planned on the host, once, and kept on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from locos_fast.kernels import tiles
+
+MOST_LOCAL_SPANS = 16  # spans one launch sums per tile; a tile that more spans reach into takes further launches
+
+
+class SpanPlan(NamedTuple):
+    """The table of spans that `kernels/spans.py` describes, on the device, and how many pairs it needs."""
+
+    low: Tensor  # (B, tiles) int32
+    high: Tensor  # (B, tiles) int32
+    start: Tensor  # (B, S) int32 columns, sorted
+    end: Tensor  # (B, S) int32
+    pair: Tensor  # (B, S) int64
+    unsort: Tensor | None  # (B, S) position of each given span in the table; None if they came sorted
+    pairs: int
+    local: int  # most spans that may reach into one tile
+
+    @classmethod
+    def of(cls, columns: Tensor, batch: int, n_keys: int, block_n: int, device: torch.device) -> SpanPlan:
+        """`columns` is (B or 1, S, 2) on the host, where the table is computed."""
+        return _span_plan(_flat(columns), columns.shape[0], batch, n_keys, block_n, device)
+
+    def passes(self) -> Iterator[tuple[int, int]]:
+        """(pass number, spans per tile in it) of each launch."""
+        per_launch = min(MOST_LOCAL_SPANS, tiles.next_power_of_two(max(self.local, 1)))
+        for number in range(max(1, -(-self.local // per_launch))):
+            yield number, per_launch
+
+    def restore_order(self, sums: Tensor) -> Tensor:
+        """(B, H, T, S) sums in the order the spans were given."""
+        if self.unsort is None:
+            return sums
+        return sums.gather(-1, self.unsort[:, None, None].expand_as(sums))
+
+
+def _flat(spans: Tensor) -> tuple[int, ...]:
+    return tuple(spans.flatten().tolist())
+
+
+def on_device(spans: Tensor, device: torch.device) -> Tensor:
+    """`spans` on `device`; copied once, so that no later call with the same spans waits for the device."""
+    return _copied(_flat(spans), spans.shape[0], device)
+
+
+@lru_cache(maxsize=64)
+def _copied(flat: tuple[int, ...], batch_rows: int, device: torch.device) -> Tensor:
+    return torch.tensor(flat, device=device).view(batch_rows, -1, 2)
+
+
+@lru_cache(maxsize=16)
+def _span_plan(
+    flat: tuple[int, ...], batch_rows: int, batch: int, n_keys: int, block_n: int, device: torch.device
+) -> SpanPlan:
+    spans = torch.tensor(flat).view(batch_rows, -1, 2).expand(batch, -1, -1).clamp(0, n_keys)
+    spans = spans * (spans[..., 1:] > spans[..., :1])  # a span with no key present becomes (0, 0)
+    order = spans[..., 0].argsort(dim=-1, stable=True)
+    start, end = (spans[..., side].gather(1, order).contiguous() for side in (0, 1))
+    n_tiles = max(1, -(-n_keys // block_n))
+    tile_start = (torch.arange(n_tiles) * block_n).expand(batch, -1).contiguous()
+    # a span may reach into a tile if it starts before the tile's end and some span up to it ends after the tile's start
+    low = torch.searchsorted(end.cummax(-1).values, tile_start, right=True)
+    high = torch.maximum(low, torch.searchsorted(start, tile_start + block_n))
+    first_tile = start // block_n
+    count = torch.where(end > start, (end + block_n - 1) // block_n - first_tile, 0)
+    offset = count.flatten().cumsum(0).view_as(count) - count
+    unsort = None if torch.equal(order, torch.arange(order.shape[1]).expand_as(order)) else order.argsort(-1)
+    return SpanPlan(
+        low=low.int().to(device),
+        high=high.int().to(device),
+        start=start.int().to(device),
+        end=end.int().to(device),
+        pair=(offset - first_tile).to(device),
+        unsort=None if unsort is None else unsort.to(device),
+        pairs=int(count.sum()),
+        local=int((high - low).max()),
+    )
