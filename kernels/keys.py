@@ -42,7 +42,7 @@ def product(
         result = tl.dot(rows, tl.trans(tile), input_precision="ieee")
     else:
         result = tl.zeros([row_offsets.shape[0], columns.shape[0]], tl.float32)
-        for lane in range(0, BLOCK_WIDTH, LANES):
+        for lane in range(0, WIDTH, LANES):
             part = load_rows(rows_ptr, row_offsets, present, lane, WIDTH, LANES)
             tile = load_tile(tile_ptr, columns, stride, n_keys, lane, WIDTH, LANES)
             result = tl.dot(part, tl.trans(tile), result, input_precision="ieee")
@@ -77,7 +77,7 @@ def projections(
         result = (tl.dot(w_high, values) + tl.dot(w_low, values)) * w_scale[:, None]
     else:
         result = tl.zeros([w_offsets.shape[0], columns.shape[0]], tl.float32)
-        for lane in range(0, BLOCK_WIDTH, LANES):
+        for lane in range(0, WIDTH, LANES):
             part = load_rows(w_ptr, w_offsets, present, lane, WIDTH, LANES)
             high, low = halve(part, w_scale, value_ptr.dtype.element_ty)
             values = tl.trans(load_tile(value_ptr, columns, stride, n_keys, lane, WIDTH, LANES))

@@ -7,7 +7,7 @@ multiplies its bit patterns.
 import pytest
 import torch
 
-from locos_fast import triton_ops
+from locos_fast import ops, triton_ops
 from locos_fast.kernels import tiles
 from locos_fast.ops import Visibility
 from tests.attention_problem import (
@@ -313,3 +313,25 @@ def test_inputs_are_unchanged():
     before = [x.clone() for x in problem.tensors]
     problem.contributions("triton"), problem.summary("triton")
     assert all(torch.equal(x, y) for x, y in zip(problem.tensors, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [80, 96, 272])
+def test_lanes_beyond_the_head_dim_are_never_read(width, dtype):
+    """They belong to other tensors, or to nobody: here they are NaN, which even a weight of zero would let through."""
+
+    def inside_nan(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        whole = torch.full((*shape, width + 64), torch.nan, dtype=dtype)
+        whole[..., :width] = torch.randn(*shape, width)
+        return whole[..., :width]
+
+    query, key, value = inside_nan(1, 2, 2), inside_nan(1, 1, 35), inside_nan(1, 1, 35)
+    direction = inside_nan(1, 2, 2, dtype=torch.float32)
+    visibility, spans = ops.Visibility.causal(torch.tensor([20, 34])), [(0, 5), (30, 35)]
+    weights = torch.rand(1, 2, 2, 35).softmax(-1).to(dtype)
+    for backend in ("torch", "triton"):
+        sums = ops.attention_contribution(query, key, value, direction, spans, visibility, backend=backend)
+        summary = ops.attention_summary(query, key, value, spans, visibility, backend=backend)
+        given = ops.ov_contribution(weights, value, direction, spans, backend=backend)
+        for tensor in (sums.span, sums.total, sums.lse, summary.span_output, summary.lse, given.span, given.total):
+            assert tensor.isfinite().all()
