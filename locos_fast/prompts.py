@@ -84,7 +84,9 @@ def _tokenise(tokenizer: Any, prompt: str, start: int, end: int) -> tuple[list[i
     """Ids of the prompt, special tokens included, and the span of tokens that overlap characters start ... end."""
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"tokenizer: {type(tokenizer).__name__} has no character offsets; a fast tokenizer is needed")
-    encoded = tokenizer(prompt, return_offsets_mapping=True)
+    encoded = tokenizer(
+        prompt, return_offsets_mapping=True, add_special_tokens=_wants_special_tokens(tokenizer, prompt)
+    )
     inside = [i for i, (low, high) in enumerate(encoded["offset_mapping"]) if low < end and high > start and high > low]
     if not inside:
         raise ValueError("needle: the tokenizer gives it no tokens")
@@ -93,13 +95,20 @@ def _tokenise(tokenizer: Any, prompt: str, start: int, end: int) -> tuple[list[i
 
 def _continuation(tokenizer: Any, prompt: str, ids: list[int], answer: str) -> list[int]:
     space = "" if prompt[-1].isspace() or answer[0].isspace() else " "
-    together = _without_eos(tokenizer, tokenizer(prompt + space + answer)["input_ids"])
+    special = _wants_special_tokens(tokenizer, prompt)
+    together = tokenizer(prompt + space + answer, add_special_tokens=special)["input_ids"]
+    together = _without_eos(tokenizer, together)
     if len(together) > len(ids) and together[: len(ids)] == ids:
         return together[len(ids) :]
     alone = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
     if not alone:
         raise ValueError("answer: the tokenizer gives it no tokens")
     return alone
+
+
+def _wants_special_tokens(tokenizer: Any, prompt: str) -> bool:
+    """Not where the text, from a chat template say, already begins with BOS: there must not be two."""
+    return not (tokenizer.bos_token and prompt.startswith(tokenizer.bos_token))
 
 
 def _without_eos(tokenizer: Any, ids: Sequence[int]) -> list[int]:

@@ -61,7 +61,8 @@ def score_tokens(
     logit. backend: see `locos_fast.ops`. verify: check the recording against the head outputs, see `record`.
 
     Scores are means over the answer rows that see at least one needle key (DLA: over all rows; Wu: a sum); a layer in
-    which no row does is NaN in score, l_plus, l_minus and attention_spatial.
+    which no row does is NaN in score, l_plus, l_minus and attention_spatial. A needle partly inside a layer's window
+    counts with the part that is seen; `meta["needle_visible_share"]` keeps how much that was.
     Raises ValueError for arguments that do not fit and UnsupportedModelError for models that cannot be recorded.
     """
     check_norm(norm)
@@ -83,6 +84,7 @@ def score_tokens(
         directions, completeness = _directions(model, norm, stream, recording, target, logits)
         arrays = _score_layers(model, recording, directions, input_ids, spans, answer_ids)
     meta = {
+        "needle_visible_share": _visible_shares(recording, spans),
         **describe_model(model),
         "norm": norm,
         "contrast": contrast if contrast is None or isinstance(contrast, str) else list(contrast),
@@ -228,6 +230,14 @@ def _score_layers(
         for name, value in values.items():
             arrays[name][number, : kept.output.shape[2]] = value.double().cpu().numpy()
     return arrays
+
+
+def _visible_shares(recording: Recording, spans: list[Span]) -> dict[str, float]:
+    """Layer -> share of the needle's tokens that an answer row of the layer sees, mean over the rows, 0 to 1."""
+    needle = sum(end - start for start, end in spans)
+    return {
+        str(number): float(kept.span_visible[0].sum(-1).double().mean()) / needle for number, kept in recording.items()
+    }
 
 
 def _row_scores(kept: LayerRecord, w: Tensor, ids: Tensor, spans: list[Span], answer_ids: Tensor) -> RowScores:

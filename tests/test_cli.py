@@ -224,6 +224,19 @@ def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt(planted):
     assert (composed.prompt_ids, composed.answer_ids) == (plain.prompt_ids, plain.answer_ids)
 
 
+def test_bos_is_not_doubled_when_the_text_already_begins_with_it(planted):
+    from locos_fast.prompts import compose
+
+    folder, model, trial = planted
+    text = {"needle": trial.needle, "question": trial.question, "answer": trial.answer}
+    context = (folder / "with.txt").read_text()
+    plain = compose(model.tokenizer, context=context, **text)
+    templated = compose(model.tokenizer, context=f"{model.tokenizer.bos_token} {context}", **text)
+    assert plain.prompt_ids.count(model.tokenizer.bos_token_id) == 1
+    assert (templated.prompt_ids, templated.needle_span) == (plain.prompt_ids, plain.needle_span)
+    assert templated.answer_ids == plain.answer_ids
+
+
 def test_planted_writes_a_model_and_keeps_an_old_one(capsys, monkeypatch, tmp_path):
     assert run(capsys, monkeypatch, ["planted", str(tmp_path / "model")])[0] == 0
     assert (tmp_path / "model" / "planted_heads.json").is_file()

@@ -26,7 +26,7 @@ from locos_fast.head_scores import ARRAYS
 from locos_fast.scoring import LocosScorer, score_tokens
 from locos_fast.trials import Trial
 from tests import architecture_models
-from tests.tiny_models import FAMILIES, PAIRS, build, captured_values, one_thread, tokens, visible_keys
+from tests.tiny_models import FAMILIES, PAIRS, WINDOW, build, captured_values, one_thread, tokens, visible_keys
 
 GOLDEN = 2e-5
 ROUNDING = 2e-6
@@ -389,3 +389,13 @@ def test_a_model_spread_over_devices_is_asked_for_its_last_logits(family: str) -
     for name in ARRAYS:
         # float32: the same sums from products of other shapes
         assert_close(getattr(spread, name), getattr(expected, name), 1e-5)
+
+
+def test_the_share_of_the_needle_that_a_window_shows_is_kept() -> None:
+    """A row at slot r of a window of WINDOW sees slots r - WINDOW + 1 ... r; full layers see the whole needle."""
+    model, ids = build("gemma3"), tokens(1, 24)
+    row = 22
+    first_seen = row - WINDOW + 1
+    scores = score_tokens(model, ids, (first_seen - 3, first_seen + 1), [row + 1])
+    assert scores.meta["needle_visible_share"] == {"0": 0.25, "1": 1.0, "2": 0.25}
+    assert score_tokens(model, ids, (0, 4), [row + 1]).meta["needle_visible_share"] == {"0": 0.0, "1": 1.0, "2": 0.0}
