@@ -17,10 +17,10 @@ import triton.language as tl
 from .keys import product, projections, scores_base2, visible_keys
 from .rows import halve, load_bounds, load_rows, row_coordinates, row_scale, split_range
 from .softmax_state import NO_COLUMN, merge, tile_softmax
-from .spans import write_pair
+from .spans import write_pairs
 
 
-@triton.jit(do_not_specialize=["n_keys", "steps", "kv_offset", "n_spans", "n_tiles", "span_pass"])
+@triton.jit(do_not_specialize=["n_keys", "steps", "kv_offset", "n_spans", "n_tiles"])
 def attention_contribution_split(
     query_ptr,
     key_ptr,
@@ -62,14 +62,13 @@ def attention_contribution_split(
     kv_offset,
     n_spans,
     n_tiles,
-    span_pass,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HOLES: tl.constexpr,
     HALVES: tl.constexpr,
-    LOCAL_SPANS: tl.constexpr,
+    UNROLLED_SPANS: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -157,27 +156,24 @@ def attention_contribution_split(
             m, denominator, total, column, tile_m, tl.sum(weights, axis=1), tl.sum(phi, axis=1), tile_column
         )
         if met:
-            span = tl.load(low_ptr + start // BLOCK_N) + span_pass * LOCAL_SPANS
-            end_span = tl.load(high_ptr + start // BLOCK_N)
-            for _ in tl.static_range(LOCAL_SPANS):
-                if span < end_span:
-                    write_pair(
-                        span,
-                        start_ptr,
-                        end_ptr,
-                        pair_ptr,
-                        pair_largest_ptr,
-                        pair_mass_ptr,
-                        pair_phi_ptr,
-                        start,
-                        weights,
-                        phi,
-                        tile_m,
-                        row_offset,
-                        kv_heads * rows,
-                        BLOCK_N,
-                    )
-                span += 1
+            write_pairs(
+                low_ptr,
+                high_ptr,
+                start_ptr,
+                end_ptr,
+                pair_ptr,
+                pair_largest_ptr,
+                pair_mass_ptr,
+                pair_phi_ptr,
+                start,
+                weights,
+                phi,
+                tile_m,
+                row_offset,
+                kv_heads * rows,
+                UNROLLED_SPANS,
+                BLOCK_N,
+            )
 
     offset = (kv * tl.num_programs(2) + split) * rows + row
     tl.store(split_largest_ptr + offset, m)

@@ -10,7 +10,7 @@ import triton.language as tl
 from .keys import projections
 from .rows import halve, load_rows, row_coordinates, row_scale
 from .softmax_state import NO_COLUMN
-from .spans import write_pair
+from .spans import write_pairs
 
 
 @triton.jit
@@ -20,7 +20,7 @@ def larger(value_a, column_a, value_b, column_b):
     return tl.where(take_b, value_b, value_a), tl.where(take_b, column_b, column_a)
 
 
-@triton.jit(do_not_specialize=["n_keys", "steps", "n_spans", "n_tiles", "span_pass"])
+@triton.jit(do_not_specialize=["n_keys", "steps", "n_spans", "n_tiles"])
 def ov_contribution_split(
     attn_ptr,
     value_ptr,
@@ -51,11 +51,10 @@ def ov_contribution_split(
     kv_heads,
     n_spans,
     n_tiles,
-    span_pass,
     GROUP: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HALVES: tl.constexpr,
-    LOCAL_SPANS: tl.constexpr,
+    UNROLLED_SPANS: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -123,27 +122,24 @@ def ov_contribution_split(
         tile_column = tl.where(tile_largest > 0.0, start + index, NO_COLUMN)
         largest, column = larger(largest, column, tile_largest, tile_column)
         if met:
-            span = tl.load(low_ptr + start // BLOCK_N) + span_pass * LOCAL_SPANS
-            end_span = tl.load(high_ptr + start // BLOCK_N)
-            for _ in tl.static_range(LOCAL_SPANS):
-                if span < end_span:
-                    write_pair(
-                        span,
-                        start_ptr,
-                        end_ptr,
-                        pair_ptr,
-                        pair_largest_ptr,
-                        pair_mass_ptr,
-                        pair_phi_ptr,
-                        start,
-                        weights,
-                        phi,
-                        largest,
-                        row_offset,
-                        kv_heads * rows,
-                        BLOCK_N,
-                    )
-                span += 1
+            write_pairs(
+                low_ptr,
+                high_ptr,
+                start_ptr,
+                end_ptr,
+                pair_ptr,
+                pair_largest_ptr,
+                pair_mass_ptr,
+                pair_phi_ptr,
+                start,
+                weights,
+                phi,
+                largest,
+                row_offset,
+                kv_heads * rows,
+                UNROLLED_SPANS,
+                BLOCK_N,
+            )
 
     offset = (kv * tl.num_programs(2) + split) * rows + row
     tl.store(split_largest_ptr + offset, largest)

@@ -1,5 +1,4 @@
-"""Sums over spans of keys in the pass over the keys; another pass for every 16 spans beyond 16 that may reach into one
-tile, so a partition of the context into passages takes one.
+"""Sums over any number of spans of keys, in the one pass over the keys.
 
 A span covers whole tiles but for its two ends, so its sum is cut into (span, tile) pairs. The program that holds a tile
 writes the pairs of the spans that reach into it, each relative to the tile's own largest score; `combine_spans` adds a
@@ -44,6 +43,71 @@ def write_pair(
         tl.store(pair_largest_ptr + offset, largest)
         tl.store(pair_mass_ptr + offset, tl.sum(tl.where(inside, weights, 0.0), axis=1))
         tl.store(pair_phi_ptr + offset, tl.sum(tl.where(inside, phi, 0.0), axis=1))
+
+
+@triton.jit
+def write_pairs(
+    low_ptr,
+    high_ptr,
+    start_ptr,
+    end_ptr,
+    pair_ptr,
+    pair_largest_ptr,
+    pair_mass_ptr,
+    pair_phi_ptr,
+    tile_start,
+    weights,
+    phi,
+    largest,
+    row_offset,
+    pair_stride,
+    UNROLLED_SPANS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The pairs of every span that reaches into a tile.
+
+    A few spans are unrolled, because a loop inside the loop over tiles would keep the next tile from being fetched
+    ahead; where more spans than that meet one tile (single tokens, say), UNROLLED_SPANS is 0 and they are looped over.
+    """
+    span = tl.load(low_ptr + tile_start // BLOCK_N)
+    end_span = tl.load(high_ptr + tile_start // BLOCK_N)
+    if UNROLLED_SPANS == 0:
+        for one in range(span, end_span):
+            write_pair(
+                one,
+                start_ptr,
+                end_ptr,
+                pair_ptr,
+                pair_largest_ptr,
+                pair_mass_ptr,
+                pair_phi_ptr,
+                tile_start,
+                weights,
+                phi,
+                largest,
+                row_offset,
+                pair_stride,
+                BLOCK_N,
+            )
+    for _ in tl.static_range(UNROLLED_SPANS):
+        if span < end_span:
+            write_pair(
+                span,
+                start_ptr,
+                end_ptr,
+                pair_ptr,
+                pair_largest_ptr,
+                pair_mass_ptr,
+                pair_phi_ptr,
+                tile_start,
+                weights,
+                phi,
+                largest,
+                row_offset,
+                pair_stride,
+                BLOCK_N,
+            )
+        span += 1
 
 
 @triton.jit

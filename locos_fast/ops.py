@@ -26,7 +26,7 @@ from torch import Tensor
 
 from locos_fast import reference, torch_ops
 from locos_fast.contributions import Contributions, Summary
-from locos_fast.visibility import Visibility
+from locos_fast.visibility import KeyCounts, Visibility
 
 __all__ = [
     "Contributions",
@@ -94,6 +94,7 @@ def attention_contribution(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    counts: KeyCounts | None = None,
     backend: str = "auto",
 ) -> Contributions:
     """Sum phi over spans of keys, from queries, keys and values; neither attention rows nor head outputs are formed.
@@ -103,6 +104,7 @@ def attention_contribution(
     spans: slots, see `Spans`; keys that are not present or not visible count as zero.
     scale: factor on the scores, D ** -0.5 if None. softcap: scores become softcap * tanh(score / softcap).
     sinks: (H,) one more logit per head, in the softmax denominator only.
+    counts: `count_keys` of these spans and this visibility, where several calls share them; counted here if None.
 
     A row that sees nothing has sums 0, lse -inf (or its sink) and argmax -1.
     Raises ValueError for shapes, dtypes, devices, spans and backends that do not fit.
@@ -113,7 +115,10 @@ def attention_contribution(
     table = _placed(span_table(spans, query.shape[0]), query, implementation)
     if implementation is reference:
         query, key, value = (x.to(reference.result_dtype(x)) for x in (query, key, value))
-    return cast(Contributions, implementation.attention_contribution(query, key, value, direction, table, **checked))
+    return cast(
+        Contributions,
+        implementation.attention_contribution(query, key, value, direction, table, counts=counts, **checked),
+    )
 
 
 def attention_summary(
@@ -126,6 +131,7 @@ def attention_summary(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    counts: KeyCounts | None = None,
     backend: str = "auto",
 ) -> Summary:
     """The lean path of scoring: one pass over the keys; values are read only inside the spans.
@@ -139,7 +145,7 @@ def attention_summary(
     table = _placed(span_table(spans, query.shape[0]), query, implementation)
     if implementation is reference:
         query, key, value = (x.to(reference.result_dtype(x)) for x in (query, key, value))
-    return cast(Summary, implementation.attention_summary(query, key, value, table, **checked))
+    return cast(Summary, implementation.attention_summary(query, key, value, table, counts=counts, **checked))
 
 
 def position_contribution(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from locos_fast.contributions import Contributions, Summary
-from locos_fast.visibility import Visibility, count_span_visible, count_visible
+from locos_fast.visibility import KeyCounts, Visibility, count_keys, count_span_visible
 
 
 def repeat_kv(x: Tensor, heads: int) -> Tensor:
@@ -93,6 +93,7 @@ def attention_contribution(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    counts: KeyCounts | None = None,
 ) -> Contributions:
     """Sums of phi from queries, keys and values; `spans` in slots."""
     scores = attention_scores(query, key, visibility, scale=scale, softcap=softcap)
@@ -101,8 +102,7 @@ def attention_contribution(
     return ov_contribution(weights, value, direction, spans - visibility.kv_offset)._replace(
         lse=lse,
         argmax=largest_slot(scores, -torch.inf, visibility.kv_offset),
-        visible=count_visible(visibility, key.shape[0], key.shape[2]),
-        span_visible=count_span_visible(visibility, spans, key.shape[0], key.shape[2]),
+        **(counts or count_keys(visibility, spans, key.shape[0], key.shape[2]))._asdict(),
     )
 
 
@@ -116,6 +116,7 @@ def attention_summary(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    counts: KeyCounts | None = None,
 ) -> Summary:
     """Each span's share of the head output and the softmax statistics; `spans` in slots."""
     scores = attention_scores(query, key, visibility, scale=scale, softcap=softcap)
@@ -130,8 +131,7 @@ def attention_summary(
         total_mass=weights.sum(-1).to(dtype),
         lse=lse,
         argmax=largest_slot(scores, -torch.inf, visibility.kv_offset),
-        visible=count_visible(visibility, key.shape[0], key.shape[2]),
-        span_visible=count_span_visible(visibility, spans, key.shape[0], key.shape[2]),
+        **(counts or count_keys(visibility, spans, key.shape[0], key.shape[2]))._asdict(),
     )
 
 

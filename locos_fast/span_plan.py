@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from locos_fast.kernels import tiles
 
-MOST_LOCAL_SPANS = 16  # spans one launch sums per tile; a tile that more spans reach into takes further launches
+MOST_UNROLLED_SPANS = 16  # where more spans than that reach into one tile, the kernel loops over them
 
 
 class SpanPlan(NamedTuple):
@@ -31,14 +30,13 @@ class SpanPlan(NamedTuple):
         """`columns` is (B or 1, S, 2) on the host, where the table is computed."""
         return _span_plan(_flat(columns), columns.shape[0], batch, n_keys, block_n, device)
 
-    def passes(self) -> Iterator[tuple[int, int]]:
-        """(pass number, spans per tile in it) of each launch."""
-        per_launch = min(MOST_LOCAL_SPANS, tiles.next_power_of_two(max(self.local, 1)))
-        for number in range(max(1, -(-self.local // per_launch))):
-            yield number, per_launch
+    @property
+    def unrolled(self) -> int:
+        """UNROLLED_SPANS of the kernels: a power of two that covers every tile, or 0 for a loop."""
+        return tiles.next_power_of_two(max(self.local, 1)) if self.local <= MOST_UNROLLED_SPANS else 0
 
     def restore_order(self, sums: Tensor) -> Tensor:
-        """(B, H, T, S) sums in the order the spans were given."""
+        """(..., B, H, rows, S) sums in the order the spans were given."""
         if self.unsort is None:
             return sums
         return sums.gather(-1, self.unsort[:, None, None].expand_as(sums))
@@ -56,6 +54,19 @@ def on_device(spans: Tensor, device: torch.device) -> Tensor:
 @lru_cache(maxsize=64)
 def _copied(flat: tuple[int, ...], batch_rows: int, device: torch.device) -> Tensor:
     return torch.tensor(flat, device=device).view(batch_rows, -1, 2)
+
+
+def span_columns(spans: Tensor, kv_offset: int, batch: int, n_keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Start and end column of each span on `device`, (B, S) int32, clipped to the columns present; copied once."""
+    return _span_columns(_flat(spans), spans.shape[0], kv_offset, batch, n_keys, device)
+
+
+@lru_cache(maxsize=64)
+def _span_columns(
+    flat: tuple[int, ...], batch_rows: int, kv_offset: int, batch: int, n_keys: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    columns = (torch.tensor(flat).view(batch_rows, -1, 2) - kv_offset).clamp(0, n_keys).expand(batch, -1, -1).int()
+    return columns[..., 0].contiguous().to(device), columns[..., 1].contiguous().to(device)
 
 
 @lru_cache(maxsize=16)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from locos_fast.contributions import Contributions, Summary
 from locos_fast.softmax_state import SoftmaxState, merge, normaliser, weight
-from locos_fast.visibility import Visibility, count_span_visible, count_visible
+from locos_fast.span_plan import SpanPlan
+from locos_fast.visibility import KeyCounts, Visibility, count_keys, count_span_visible
 
 BLOCK = 2048  # keys per block: a block of scores (32 rows x 8 heads, float32) is 2 MB and stays in cache
 CHUNK = 64  # scores whose maximum is taken first, vectorised, when the position of the largest is looked for
@@ -115,43 +116,56 @@ def block_state(scores: Tensor, first_slot: int) -> tuple[SoftmaxState, Tensor]:
 
 
 class SpanSums:
-    """Sums over the columns of each span, block by block, touching only the columns that lie in some span."""
+    """Sums of fields over the columns of each span: tile by tile, touching only the columns and spans that meet.
 
-    def __init__(self, spans: Tensor, kv_offset: int) -> None:
-        self.columns = spans - kv_offset  # (B or 1, S, 2)
-        self.host = self.columns.tolist()
+    The sums are relative to the largest score of the blocks so far, as in `SoftmaxState`; they are rescaled only when a
+    larger one turns up, since there may be many spans.
+    """
 
-    def __len__(self) -> int:
-        return self.columns.shape[1]
+    def __init__(self, spans: Tensor, kv_offset: int, n_keys: int, rows: Tensor, fields: int) -> None:
+        """`rows` is any (B, Hkv, R) tensor of the sums' dtype and device."""
+        columns = (spans - kv_offset).cpu()
+        self.plan = SpanPlan.of(columns, rows.shape[0], n_keys, SUMMED_AT_ONCE, rows.device)
+        self.low, self.high = self.plan.low.amin(0).tolist(), self.plan.high.amax(0).tolist()
+        self.sums = rows.new_zeros((fields, *rows.shape, self.plan.start.shape[1]))
+        self.reference = torch.full_like(rows, -torch.inf)
 
-    def touched(self, start: int, end: int) -> tuple[Tensor, int, int] | None:
-        """Indices of the spans that reach into the block, and the columns of the block that they cover."""
-        hits = [
-            (index, max(low, start), min(high, end))
-            for row in self.host
-            for index, (low, high) in enumerate(row)
-            if low < end and high > start
-        ]
-        if not hits:
-            return None
-        indices = torch.tensor(sorted({hit[0] for hit in hits}), device=self.columns.device)
-        return indices, min(hit[1] for hit in hits), max(hit[2] for hit in hits)
+    def add(self, start: int, *fields: Tensor, largest: Tensor | None = None) -> None:
+        """Add blocks (B, Hkv, R, n) whose first column is `start`; `largest` (B, Hkv, R) is the score that they are
+        relative to, None if to none."""
+        end = start + fields[0].shape[-1]
+        for tile in range(start // SUMMED_AT_ONCE, -(-end // SUMMED_AT_ONCE)):
+            first, last = self.low[tile], self.high[tile]
+            if first >= last:
+                continue
+            share = None if largest is None else self._rescale(largest)
+            left, right = max(tile * SUMMED_AT_ONCE, start), min((tile + 1) * SUMMED_AT_ONCE, end)
+            inside = self._inside(left, right, first, last)
+            for into, field in zip(self.sums, fields, strict=True):
+                part = field[..., left - start : right - start] @ inside
+                into[..., first:last] += part if share is None else part.mul_(share)
 
-    def add(self, into: Tensor, block: Tensor, start: int) -> None:
-        """Add the sums of `block` (B, Hkv, R, n), whose first column is `start`, to `into` (B, Hkv, R, S)."""
-        touched = self.touched(start, start + block.shape[-1])
-        if touched is None:
-            return
-        indices, low, high = touched
-        column = torch.arange(low, high, device=block.device)[:, None]
-        spans = self.columns[:, indices]  # (B or 1, s, 2)
-        inside = (column >= spans[:, None, :, 0]) & (column < spans[:, None, :, 1])  # (B or 1, n, s)
-        parts = zip(
-            block[..., low - start : high - start].split(SUMMED_AT_ONCE, dim=-1),
-            inside[:, None].to(block.dtype).split(SUMMED_AT_ONCE, dim=-2),
-            strict=True,
-        )
-        into[..., indices] += sum(part @ columns for part, columns in parts)
+    def _rescale(self, largest: Tensor) -> Tensor:
+        """Make room for sums relative to `largest`; returns the factor that such sums take, (B, Hkv, R, 1)."""
+        reference = torch.maximum(self.reference, largest)
+        finite = torch.where(reference == -torch.inf, 0.0, reference)  # (-inf) - (-inf) would be NaN
+        if not torch.equal(reference, self.reference):
+            self.sums *= (self.reference - finite).exp()[..., None]
+            self.reference = reference
+        return (largest - finite).exp()[..., None]
+
+    def result(self, lse: Tensor | None = None) -> Tensor:
+        """(fields, B, Hkv, R, S) in the order the spans were given; weighted by alpha where `lse` (B, Hkv, R) is
+        given."""
+        if lse is not None:
+            self.sums *= torch.where(self.reference == -torch.inf, 0.0, (self.reference - lse).exp())[..., None]
+        return self.plan.restore_order(self.sums)
+
+    def _inside(self, left: int, right: int, first: int, last: int) -> Tensor:
+        """(B, 1, right - left, last - first): whether a column lies in a span."""
+        column = torch.arange(left, right, device=self.plan.start.device)[:, None]
+        start, end = (bound[:, None, first:last] for bound in (self.plan.start, self.plan.end))
+        return ((column >= start) & (column < end))[:, None].to(self.sums.dtype)
 
 
 def attention_contribution(
@@ -165,32 +179,31 @@ def attention_contribution(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    counts: KeyCounts | None = None,
 ) -> Contributions:
     """Sums of phi from queries, keys and values: online softmax with scalar payloads (total, spans, span masses)."""
-    scorer, span_sums = Scorer(query, key, visibility, scale, softcap), SpanSums(spans, visibility.kv_offset)
-    layout, n_spans = scorer.layout, len(span_sums)
+    scorer = Scorer(query, key, visibility, scale, softcap)
+    layout = scorer.layout
     direction = layout.stack(direction).to(scorer.dtype)
-    state = SoftmaxState.empty(scorer.query.shape[:-1], 1 + 2 * n_spans, scorer.query)
+    state = SoftmaxState.empty(scorer.query.shape[:-1], 1, scorer.query)
+    span_sums = SpanSums(spans, visibility.kv_offset, key.shape[2], state.largest, fields=2)
     for start, end in scorer.blocks():
         block, exponentials = block_state(scorer.scores(start, end), visibility.kv_offset + start)
-        sums = torch.zeros_like(state.sums)
-        span_sums.add(sums[..., 1 : 1 + n_spans], exponentials, start)
-        phi = exponentials.mul_(direction @ scorer.fetch(value, start, end).mT)
-        sums[..., 0] = phi.sum(-1)
-        span_sums.add(sums[..., 1 + n_spans :], phi, start)
-        state = merge(state, block._replace(sums=sums))
+        phi = direction @ scorer.fetch(value, start, end).mT
+        phi *= exponentials
+        span_sums.add(start, exponentials, phi, largest=block.largest)
+        state = merge(state, block._replace(sums=phi.sum(-1, keepdim=True)))
     lse = normaliser(state, None if sinks is None else layout.per_head(sinks))
     to_alpha = weight(state, lse)
-    total, mass, span = layout.unstack(state.sums * to_alpha[..., None]).split([1, n_spans, n_spans], dim=-1)
+    mass, span = span_sums.result(lse)
     return Contributions(
-        span=span,
-        total=total[..., 0],
-        mass=mass,
+        span=layout.unstack(span),
+        total=layout.unstack(state.sums[..., 0] * to_alpha),
+        mass=layout.unstack(mass),
         total_mass=layout.unstack(state.denominator * to_alpha),
         lse=layout.unstack(lse),
         argmax=layout.unstack(state.argmax),
-        visible=count_visible(visibility, key.shape[0], key.shape[2]),
-        span_visible=count_span_visible(visibility, spans, key.shape[0], key.shape[2]),
+        **(counts or count_keys(visibility, spans, key.shape[0], key.shape[2]))._asdict(),
     )
 
 
@@ -213,6 +226,7 @@ def attention_summary(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    counts: KeyCounts | None = None,
 ) -> Summary:
     """The lean path: one pass over the keys, then keys and values of the spans only."""
     scorer = Scorer(query, key, visibility, scale, softcap)
@@ -226,8 +240,7 @@ def attention_summary(
         total_mass=layout.unstack(state.denominator * weight(state, lse)),
         lse=layout.unstack(lse),
         argmax=layout.unstack(state.argmax),
-        visible=count_visible(visibility, key.shape[0], key.shape[2]),
-        span_visible=count_span_visible(visibility, spans, key.shape[0], key.shape[2]),
+        **(counts or count_keys(visibility, spans, key.shape[0], key.shape[2]))._asdict(),
     )
 
 
@@ -256,12 +269,12 @@ def ov_contribution(
 ) -> Contributions:
     """Sums of phi from given attention weights; `spans` in columns."""
     batch, _, rows, n_keys = attn.shape
-    layout, span_sums = GroupedRows.of(attn, value.shape[1]), SpanSums(spans, 0)
+    layout = GroupedRows.of(attn, value.shape[1])
     dtype = torch.promote_types(attn.dtype, torch.float32)
     direction = layout.stack(direction).to(dtype)
     shape = direction.shape[:-1]
     total, total_mass = (torch.zeros(shape, dtype=dtype, device=attn.device) for _ in range(2))
-    span, mass = (torch.zeros((*shape, len(span_sums)), dtype=dtype, device=attn.device) for _ in range(2))
+    span_sums = SpanSums(spans, 0, n_keys, total, fields=2)
     largest = torch.zeros_like(total)
     argmax = torch.full(shape, -1, device=attn.device)
     for start in range(0, n_keys, BLOCK):
@@ -269,11 +282,11 @@ def ov_contribution(
         phi = alpha * (direction @ value[:, :, start : start + BLOCK].to(dtype).mT)
         total += phi.sum(-1)
         total_mass += alpha.sum(-1)
-        span_sums.add(span, phi, start)
-        span_sums.add(mass, alpha, start)
+        span_sums.add(start, alpha, phi)
         block_largest, block_argmax = alpha.max(-1)
         argmax = torch.where(block_largest > largest, block_argmax + start, argmax)
         largest = torch.maximum(largest, block_largest)
+    mass, span = span_sums.result()
     everything = Visibility(spans.new_zeros(rows), spans.new_full((rows,), n_keys))
     return Contributions(
         span=layout.unstack(span),

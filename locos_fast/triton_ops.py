@@ -18,8 +18,8 @@ from locos_fast.kernels.attention_summary import attention_summary_split, span_o
 from locos_fast.kernels.combine import combine_splits
 from locos_fast.kernels.ov_contribution import combine_sums, ov_contribution_split
 from locos_fast.kernels.spans import combine_spans
-from locos_fast.span_plan import SpanPlan, on_device
-from locos_fast.visibility import Visibility, count_span_visible, count_visible
+from locos_fast.span_plan import SpanPlan, on_device, span_columns
+from locos_fast.visibility import KeyCounts, Visibility, count_keys, count_span_visible
 
 COMBINED_AT_ONCE = 16  # partial results a combining program loads together
 
@@ -204,6 +204,7 @@ def attention_contribution(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    counts: KeyCounts | None = None,
 ) -> Contributions:
     """`locos_fast.ops.attention_contribution` by `kernels/attention_contribution.py`."""
     query, key, value, direction = map(_readable, (query, key, value, direction))
@@ -211,46 +212,45 @@ def attention_contribution(
     kv_heads, n_keys, value_dim = value.shape[1:]
     grid = Grid.of(query, key, value)
     plan = SpanPlan.of(spans - visibility.kv_offset, batch, n_keys, grid.tile.block_n, query.device)
+    counts = counts or count_keys(visibility, on_device(spans, query.device), batch, n_keys)
     attention = Attention.of(query, visibility, scale, softcap)
     partials = Partials.allocate(grid, batch * kv_heads, plan.pairs, kv_heads, query.device)
     with _on(query.device):
-        for span_pass, local in plan.passes():
-            attention_contribution_split[grid.row_blocks, batch * kv_heads, grid.splits](
-                query,
-                key,
-                value,
-                direction,
-                *attention.bounds,
-                *plan[:5],
-                *partials,
-                *_strides(query),
-                *_strides(key),
-                *_strides(value),
-                *_strides(direction),
-                attention.hole_stride,
-                *attention.scalars,
-                n_keys,
-                steps,
-                kv_heads,
-                visibility.kv_offset,
-                plan.start.shape[1],
-                plan.low.shape[1],
-                span_pass,
-                GROUP=heads // kv_heads,
-                HEAD_DIM=head_dim,
-                VALUE_DIM=value_dim,
-                HALVES=query.element_size() == 2,
-                LOCAL_SPANS=local,
-                SPLIT=tiles.SPLIT,
-                BLOCK_M=grid.block_m,
-                BLOCK_N=grid.tile.block_n,
-                BLOCK_D=tiles.padded(head_dim),
-                BLOCK_DV=tiles.padded(value_dim),
-                LANES_D=tiles.lanes(head_dim, key.element_size()),
-                LANES_DV=tiles.lanes(value_dim, key.element_size()),
-                **attention.flags,
-                **grid.tile.options(grid.arch, grid.block_m),
-            )
+        attention_contribution_split[grid.row_blocks, batch * kv_heads, grid.splits](
+            query,
+            key,
+            value,
+            direction,
+            *attention.bounds,
+            *plan[:5],
+            *partials,
+            *_strides(query),
+            *_strides(key),
+            *_strides(value),
+            *_strides(direction),
+            attention.hole_stride,
+            *attention.scalars,
+            n_keys,
+            steps,
+            kv_heads,
+            visibility.kv_offset,
+            plan.start.shape[1],
+            plan.low.shape[1],
+            GROUP=heads // kv_heads,
+            HEAD_DIM=head_dim,
+            VALUE_DIM=value_dim,
+            HALVES=query.element_size() == 2,
+            UNROLLED_SPANS=plan.unrolled,
+            SPLIT=tiles.SPLIT,
+            BLOCK_M=grid.block_m,
+            BLOCK_N=grid.tile.block_n,
+            BLOCK_D=tiles.padded(head_dim),
+            BLOCK_DV=tiles.padded(value_dim),
+            LANES_D=tiles.lanes(head_dim, key.element_size()),
+            LANES_DV=tiles.lanes(value_dim, key.element_size()),
+            **attention.flags,
+            **grid.tile.options(grid.arch, grid.block_m),
+        )
         rows = _combine_splits(partials[:4], query, kv_heads, visibility.kv_offset, sinks, grid, with_total=True)
         mass, span = _combine_spans(plan, partials, rows, query, kv_heads, grid)
     return Contributions(
@@ -260,8 +260,7 @@ def attention_contribution(
         total_mass=rows.total_mass,
         lse=rows.lse,
         argmax=rows.argmax,
-        visible=count_visible(visibility, batch, n_keys),
-        span_visible=count_span_visible(visibility, on_device(spans, query.device), batch, n_keys),
+        **counts._asdict(),
     )
 
 
@@ -275,17 +274,17 @@ def attention_summary(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    counts: KeyCounts | None = None,
 ) -> Summary:
     """`locos_fast.ops.attention_summary` by `kernels/attention_summary.py`."""
     query, key, value = map(_readable, (query, key, value))
     batch, heads, steps, head_dim = query.shape
     kv_heads, n_keys, value_dim = value.shape[1:]
-    spans = on_device(spans, query.device)
+    counts = counts or count_keys(visibility, on_device(spans, query.device), batch, n_keys)
     n_spans = spans.shape[1]
     grid = Grid.of(query, key, key)
     attention = Attention.of(query, visibility, scale, softcap)
-    columns = (spans - visibility.kv_offset).expand(batch, -1, -1).clamp(0, n_keys).int()
-    start, end = columns[..., 0].contiguous(), columns[..., 1].contiguous()
+    start, end = span_columns(spans, visibility.kv_offset, batch, n_keys, query.device)
     states = torch.empty((2, batch * kv_heads, grid.splits, grid.rows), dtype=torch.float32, device=query.device)
     column = torch.empty((batch * kv_heads, grid.splits, grid.rows), dtype=torch.int32, device=query.device)
     shape = {
@@ -367,8 +366,7 @@ def attention_summary(
         total_mass=rows.total_mass,
         lse=rows.lse,
         argmax=rows.argmax,
-        visible=count_visible(visibility, batch, n_keys),
-        span_visible=count_span_visible(visibility, spans, batch, n_keys),
+        **counts._asdict(),
     )
 
 
@@ -385,33 +383,31 @@ def ov_contribution(
     total_mass, total = torch.empty((2, batch, heads, steps), dtype=torch.float32, device=attn.device)
     argmax = torch.empty((batch, heads, steps), dtype=torch.int64, device=attn.device)
     with _on(attn.device):
-        for span_pass, local in plan.passes():
-            ov_contribution_split[grid.row_blocks, batch * kv_heads, grid.splits](
-                attn,
-                value,
-                direction,
-                *plan[:5],
-                *partials,
-                *_strides(attn),
-                *_strides(value),
-                *_strides(direction),
-                n_keys,
-                steps,
-                kv_heads,
-                plan.start.shape[1],
-                plan.low.shape[1],
-                span_pass,
-                GROUP=heads // kv_heads,
-                VALUE_DIM=value_dim,
-                HALVES=value.element_size() == 2,
-                LOCAL_SPANS=local,
-                SPLIT=tiles.SPLIT,
-                BLOCK_M=grid.block_m,
-                BLOCK_N=grid.tile.block_n,
-                BLOCK_DV=tiles.padded(value_dim),
-                LANES_DV=tiles.lanes(value_dim, value.element_size()),
-                **grid.tile.options(grid.arch, grid.block_m),
-            )
+        ov_contribution_split[grid.row_blocks, batch * kv_heads, grid.splits](
+            attn,
+            value,
+            direction,
+            *plan[:5],
+            *partials,
+            *_strides(attn),
+            *_strides(value),
+            *_strides(direction),
+            n_keys,
+            steps,
+            kv_heads,
+            plan.start.shape[1],
+            plan.low.shape[1],
+            GROUP=heads // kv_heads,
+            VALUE_DIM=value_dim,
+            HALVES=value.element_size() == 2,
+            UNROLLED_SPANS=plan.unrolled,
+            SPLIT=tiles.SPLIT,
+            BLOCK_M=grid.block_m,
+            BLOCK_N=grid.tile.block_n,
+            BLOCK_DV=tiles.padded(value_dim),
+            LANES_DV=tiles.lanes(value_dim, value.element_size()),
+            **grid.tile.options(grid.arch, grid.block_m),
+        )
         combine_sums[grid.row_blocks, batch * kv_heads](
             *partials[:4],
             total_mass,

@@ -70,6 +70,18 @@ class Visibility(NamedTuple):
         return seen if self.key_mask is None else seen & self.key_mask[:, None, :]
 
 
+class KeyCounts(NamedTuple):
+    """How many keys each row sees; one forward pass counts them once for all layers of one mask."""
+
+    visible: Tensor  # (B, T) int64
+    span_visible: Tensor  # (B, T, S) int64: inside each span
+
+
+def count_keys(visibility: Visibility, spans: Tensor, batch: int, n_keys: int) -> KeyCounts:
+    """The counts of rows that see `n_keys` columns at most; `spans` is (B or 1, S, 2) in slots."""
+    return KeyCounts(count_visible(visibility, batch, n_keys), count_span_visible(visibility, spans, batch, n_keys))
+
+
 def count_visible(visibility: Visibility, batch: int, n_keys: int) -> Tensor:
     """Number of visible keys per row, (B, T) int64."""
     everything = visibility.first.new_full((1, 1, 2), visibility.kv_offset)  # a copy from the host would wait

@@ -110,6 +110,17 @@ def test_long_contexts_are_within_the_error_bound(dtype):
     weights_bound(weights).check(weights.contributions("torch"))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_token_may_be_a_span_of_its_own_beside_spans_of_everything(dtype):
+    keys = torch_ops.BLOCK + 333
+    spans = [(0, keys), *((j, j + 1) for j in range(keys)), (5, keys - 5)]
+    problem = random_problem(dtype=dtype, keys=keys, rows=2, head_dim=16, spans=spans)
+    sums = problem.contributions("torch")
+    contribution_bound(problem).check(sums)
+    positions = problem.positions("torch")
+    torch.testing.assert_close(sums.span[..., 1:-1], positions, rtol=1e-4, atol=1e-6)
+
+
 # what the results mean -----------------------------------------------------------------------------------------------
 
 
@@ -388,6 +399,7 @@ def memory(function: str, keys: int, layout: str) -> LiveBytes:
     else:
         problem = random_problem(keys=keys, spans=spans, head_dim=64, **sizes)
         call = problem.contributions if function == "attention_contribution" else problem.summary
+    call("torch")  # the plan of the spans is kept: 8 bytes for every 128 keys
     with LiveBytes(problem.tensors) as live:
         result = call("torch")
     assert result.mass.shape[-1] == 1

@@ -121,7 +121,7 @@ def overlapping_spans() -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("dtype", [HALF, SINGLE])
-def test_more_spans_than_one_launch_takes(dtype):
+def test_more_spans_in_a_tile_than_are_unrolled(dtype):
     spans = overlapping_spans()
     assert_kernels_within_bound(random_problem(dtype=dtype, rows=3, keys=99, spans=spans))
     weights = random_weights_problem(dtype=dtype, rows=3, keys=99, spans=spans)
