@@ -29,8 +29,10 @@ from transformers import (
     StaticCache,
 )
 
-from locos_fast import recording as recording_module
+from locos_fast import attention_calls as calls_module
 from locos_fast.architecture import UnsupportedModelError, attention_layers, decoder
+from locos_fast.attention_calls import AnswerRows
+from locos_fast.attention_registry import eager_attention
 from locos_fast.recording import LayerRecord, Recording, record
 from tests.tiny_models import FAMILIES, PAIRS, VOCABULARY, WINDOW, build, one_thread, tokens, visible_keys
 
@@ -318,7 +320,7 @@ def attention_calls(model: PreTrainedModel) -> Iterator[dict[int, Call]]:
     calls: dict[int, Call] = {}
     name = model.config._attn_implementation
     before = AttentionInterface._global_mapping.get(name)
-    implementation = before or recording_module._eager_attention(attention_layers(model)[0].module)
+    implementation = before or eager_attention(attention_layers(model)[0].module)
 
     def listen(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> tuple:
         result = implementation(module, query, key, value, mask, **kwargs)
@@ -555,7 +557,7 @@ def test_queries_keys_and_values_do_not_outlive_their_layer(family: str, attenti
         return implementation(module, query, key, value, *args, **kwargs)
 
     before = AttentionInterface._global_mapping.get(attention)
-    implementation = before or recording_module._eager_attention(attention_layers(model)[0].module)
+    implementation = before or eager_attention(attention_layers(model)[0].module)
     AttentionInterface.register(attention, watch)
     try:
         with record(model, ROWS, SPANS, verify=True):
@@ -582,12 +584,12 @@ def test_a_recording_holds_no_more_memory_than_its_numbers() -> None:
 
 def tamper(monkeypatch: pytest.MonkeyPatch, change: Callable[[dict], dict]) -> None:
     """Let the recorder misread the arguments of attention; the model itself gets the right ones."""
-    observe = recording_module._Recorder.observe
+    observe = AnswerRows.observe
 
     def misread(self: Any, module: nn.Module, name: str, qkv: tuple, mask: Any, output: Tensor, kwargs: dict) -> None:
         observe(self, module, name, qkv, mask, output, change(kwargs))
 
-    monkeypatch.setattr(recording_module._Recorder, "observe", misread)
+    monkeypatch.setattr(AnswerRows, "observe", misread)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])  # float32 is everywhere above
@@ -629,14 +631,14 @@ def test_verify_notices_a_misread_mask(
     monkeypatch: pytest.MonkeyPatch, family: str, shift: dict[str, int], dtype: torch.dtype
 ) -> None:
     """One key less at either end."""
-    read = recording_module.read_visibility
+    read = calls_module.read_visibility
 
     def misread(*args: Any, **kwargs: Any) -> list:
         (seen,) = read(*args, **kwargs)
         ends = {end: getattr(seen.visibility, end) + by for end, by in shift.items()}
         return [seen._replace(visibility=seen.visibility._replace(**ends))]
 
-    monkeypatch.setattr(recording_module, "read_visibility", misread)
+    monkeypatch.setattr(calls_module, "read_visibility", misread)
     model = build(family, "sdpa", dtype=dtype)
     with pytest.raises(RuntimeError, match="does not reproduce"), record(model, ROWS, SPANS, verify=True):
         model(tokens(1, LENGTH))
