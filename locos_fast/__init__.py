@@ -14,6 +14,7 @@ from locos_fast.architecture import UnsupportedModelError
 from locos_fast.head_scores import HeadScores
 from locos_fast.recording import record
 from locos_fast.scoring import LocosScorer, score_tokens
+from locos_fast.segment_attribution import attribute_tokens
 from locos_fast.trials import Trial
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "ablate",
+    "attribute_tokens",
     "layer_matched_heads",
     "record",
     "score_tokens",

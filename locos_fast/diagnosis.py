@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from locos_fast import ops
+from locos_fast.answer_pass import answer_logits
 from locos_fast.architecture import AttentionLayer, UnsupportedModelError, attention_layers, layer_count
 from locos_fast.attribution import Attribution, attribute_heads
 from locos_fast.directions import Target
 from locos_fast.recording import Recording, record
 from locos_fast.residual_stream import trace
-from locos_fast.scoring import answer_logits, completeness_of, finite
+from locos_fast.scoring import completeness_of, finite
 
 PROMPT_TOKENS = 32
 ROWS = 8  # the last rows of the prompt, each toward the token that the model itself would give

@@ -114,21 +114,9 @@ class _Tracer:
         for attention in attention_layers(model):
             yield attention.projection.register_forward_hook(self._projection(attention.number), with_kwargs=True)
 
-    def _rows(self, x: Any) -> Tensor | None:
-        x = x[0] if isinstance(x, tuple) else x
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
-            return None
-        flat = x.detach().reshape(-1, x.shape[-1])
-        if len(flat) == len(self.rows):  # given these rows only, or there are no others: rows are sorted
-            return flat.clone()
-        if len(flat) <= self.rows[-1]:  # given the last tokens only, of a pass that ends at the last row
-            skipped = self.rows[-1] + 1 - len(flat)
-            return flat[[row - skipped for row in self.rows]] if skipped <= self.rows[0] else None
-        return flat[self.rows]
-
     def _passage(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Passage | None:
         given = args[0] if args else next((x for x in kwargs.values() if isinstance(x, Tensor)), None)
-        inputs, outputs = self._rows(given), self._rows(output)
+        inputs, outputs = take_rows(given, self.rows), take_rows(output, self.rows)
         return None if inputs is None or outputs is None else Passage(module, inputs, outputs)
 
     def _into(self, calls: list[Passage]) -> Any:
@@ -157,6 +145,21 @@ class _Tracer:
 
     def _unembedding(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         self.result.unembedding = self._passage(module, args, kwargs, output)
+
+
+def take_rows(x: Any, rows: list[int]) -> Tensor | None:
+    """(T, width) of the tokens `rows`, increasing, of what a module was given or returned; None if it is no such
+    thing."""
+    x = x[0] if isinstance(x, tuple) else x
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
+        return None
+    flat = x.detach().reshape(-1, x.shape[-1])
+    if len(flat) == len(rows):  # given these rows only, or there are no others: rows are sorted
+        return flat.clone()
+    if len(flat) <= rows[-1]:  # given the last tokens only, of a pass that ends at the last row
+        skipped = rows[-1] + 1 - len(flat)
+        return flat[[row - skipped for row in rows]] if skipped <= rows[0] else None
+    return flat[rows]
 
 
 class AttentionPath(NamedTuple):

@@ -8,7 +8,6 @@ arXiv 2607.01002). The sum over all keys is w . head output, so the recording ne
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -20,12 +19,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from locos_fast._version import __version__
+from locos_fast.answer_pass import answer_logits, check_prompt
 from locos_fast.architecture import layer_count
 from locos_fast.attribution import Attribution, attribute_heads
 from locos_fast.directions import Target, head_directions, token_directions
 from locos_fast.head_scores import ARRAYS, HeadScores
 from locos_fast.recording import LayerRecord, Recording, record
 from locos_fast.residual_stream import StreamTrace, trace, trace_projections
+from locos_fast.token_chunks import TOKENS_PER_CHUNK, token_chunks
 from locos_fast.trials import Trial
 
 NORMS = ("none", "frozen")
@@ -49,6 +50,7 @@ def score_tokens(
     contrast: str | Sequence[int] | None = None,
     backend: str = "auto",
     verify: bool = False,
+    token_chunk: int | None = TOKENS_PER_CHUNK,
 ) -> HeadScores:
     """Score every head on one prompt: LOCOS, DLA, attention-spatial and Wu's copy score from one forward pass.
 
@@ -59,6 +61,8 @@ def score_tokens(
     units: everything between a head and the logit folded in, with the scales of this forward pass; the logit is the one
     before any final softcap. `meta["completeness"]` then says how exactly all contributions add up to the model's
     logit. backend: see `locos_fast.ops`. verify: check the recording against the head outputs, see `record`.
+    token_chunk: MLPs and norms of longer prompts run that many tokens at a time, which changes no score beyond rounding
+    and keeps their intermediates small; None runs them whole, see `token_chunks`.
 
     Scores are means over the answer rows that see at least one needle key (DLA: over all rows; Wu: a sum); a layer in
     which no row does is NaN in score, l_plus, l_minus and attention_spatial. A needle partly inside a layer's window
@@ -67,7 +71,8 @@ def score_tokens(
     """
     check_norm(norm)
     spans = _union(needle_span)
-    _check(input_ids, spans, answer_positions)
+    check_prompt(input_ids, answer_positions)
+    _check_needle(spans, input_ids.shape[1], answer_positions)
     answer_positions, contrast = _in_order(answer_positions, contrast)
     rows = [position - 1 for position in answer_positions]
     fed = input_ids[:, : max(rows) + 1]  # a causal model's answer rows do not depend on anything later
@@ -78,6 +83,7 @@ def score_tokens(
         torch.inference_mode(),
         record(model, rows, spans, backend=backend, verify=verify) as recording,
         follow(model, rows) as stream,
+        token_chunks(model, token_chunk),
     ):
         logits = answer_logits(model, fed, rows)
     with torch.inference_mode():
@@ -154,19 +160,6 @@ def describe_model(model: PreTrainedModel) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
     }
-
-
-def answer_logits(model: PreTrainedModel, input_ids: Tensor, rows: list[int]) -> Tensor:
-    """One forward pass without a KV cache; logits of the answer rows only, (T, vocabulary)."""
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        return model(input_ids, use_cache=False).logits[0, rows]
-    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
-        # a number works wherever the last layer is; an index tensor only on the device of the input
-        last = input_ids.shape[1] - rows[0]
-        logits = model(input_ids, use_cache=False, logits_to_keep=last).logits[0]
-        return logits[[row - rows[0] for row in rows]]
-    wanted = torch.tensor(rows, device=input_ids.device)
-    return model(input_ids, use_cache=False, logits_to_keep=wanted).logits[0]
 
 
 def completeness_of(attribution: Attribution) -> dict[str, Any]:
@@ -300,20 +293,7 @@ def _is_pair(span: Any) -> bool:
     return isinstance(span, Sequence) and len(span) == 2 and all(hasattr(x, "__index__") for x in span)
 
 
-def _check(input_ids: Tensor, spans: list[Span], answer_positions: Sequence[int]) -> None:
-    if input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.dtype != torch.int64:
-        shape = tuple(input_ids.shape)
-        raise ValueError(f"input_ids: expected (1, N) int64, got {shape} {input_ids.dtype}")
-    tokens = input_ids.shape[1]
-    if len(answer_positions) == 0:
-        raise ValueError("answer_positions: expected at least one position, got none")
-    if len(set(answer_positions)) != len(answer_positions):
-        raise ValueError(f"answer_positions: expected each position once, got {list(answer_positions)}")
-    for position in answer_positions:
-        if not hasattr(position, "__index__") or not 1 <= position < tokens:
-            raise ValueError(
-                f"answer_positions: expected positions in 1..{tokens - 1} (no row predicts token 0), got {position}"
-            )
+def _check_needle(spans: list[Span], tokens: int, answer_positions: Sequence[int]) -> None:
     for start, end in spans:
         if end > tokens:
             raise ValueError(f"needle_span: expected a span inside the {tokens} tokens, got ({start}, {end})")
