@@ -67,7 +67,7 @@ class TokenCall(NamedTuple):
     args: tuple
     kwargs: dict[str, Any]
     axis: int  # 1, or 0 where the module is given a flat list of tokens
-    count: int  # length of that axis
+    length: int  # of that axis
 
     @property
     def hidden(self) -> Tensor:
@@ -81,7 +81,7 @@ class TokenCall(NamedTuple):
 
     def at_random(self, seed: int) -> TokenCall:
         """The same call on a few random tokens; what is no number, as an expert's index, is taken from this call."""
-        generator, count = torch.Generator().manual_seed(seed), min(PROBE_TOKENS, self.count)
+        generator, count = torch.Generator().manual_seed(seed), min(PROBE_TOKENS, self.length)
 
         def draw(x: Tensor) -> Tensor:
             few = x.narrow(self.axis, 0, count).contiguous()
@@ -91,7 +91,7 @@ class TokenCall(NamedTuple):
 
     def _on_tokens(self, change: Callable[[Tensor], Tensor], count: int) -> TokenCall:
         def changed(x: Any) -> Any:
-            carries = isinstance(x, Tensor) and x.ndim > self.axis and x.shape[self.axis] == self.count
+            carries = isinstance(x, Tensor) and x.ndim > self.axis and x.shape[self.axis] == self.length
             return change(x) if carries else x
 
         args = tuple(changed(x) for x in self.args)
@@ -113,13 +113,13 @@ def run_in_chunks(forward: Callable[..., Any], call: TokenCall, size: int) -> An
     """
     results: list[_Result | None] = []
     several = False
-    for start in range(0, call.count, size):
-        part = call.part(start, min(start + size, call.count))
+    for start in range(0, call.length, size):
+        part = call.part(start, min(start + size, call.length))
         returned = forward(*part.args, **part.kwargs)
         several = isinstance(returned, tuple)
         outputs = returned if several else (returned,)
         if start == 0:
-            results = [None if output is None else _Result(output, part, call.count) for output in outputs]
+            results = [None if output is None else _Result(output, part, call.length) for output in outputs]
         for result, output in zip(results, outputs, strict=True):
             if result is not None:
                 result.write(output, part, start)
@@ -136,18 +136,18 @@ class _Result:
             raise TypeError(f"expected tensors, got {type(first).__name__}")
         lead = part.hidden.shape[: part.axis]
         # (B, tokens, ...), or (B * tokens, ...) as routers and some mixtures of experts return
-        self.flat = first.shape[: part.axis + 1] != (*lead, part.count)
+        self.flat = first.shape[: part.axis + 1] != (*lead, part.length)
         each = self._view(first, part).shape[part.axis + 1 :]
         self.room = torch.empty((*lead, count, *each), dtype=first.dtype, device=first.device)
 
     def write(self, output: Tensor, part: TokenCall, start: int) -> None:
-        self.room.narrow(part.axis, start, part.count).copy_(self._view(output, part))
+        self.room.narrow(part.axis, start, part.length).copy_(self._view(output, part))
 
     def tensor(self) -> Tensor:
         return self.room.flatten(0, 1) if self.flat else self.room
 
     def _view(self, output: Tensor, part: TokenCall) -> Tensor:
-        expected = (*part.hidden.shape[: part.axis], part.count)
+        expected = (*part.hidden.shape[: part.axis], part.length)
         view = output.unflatten(0, expected) if self.flat and part.axis else output
         if view.shape[: part.axis + 1] != expected:
             raise ValueError(f"expected an output for the tokens {tuple(expected)}, got {tuple(output.shape)}")
@@ -180,7 +180,7 @@ class _Chunks:
                 if token_wise(module, forward, call):
                     self.names.add(name)
                     assert self.tokens is not None  # there is a call
-                    return run_in_chunks(forward, call, self.size * (call.count // self.tokens))
+                    return run_in_chunks(forward, call, self.size * (call.length // self.tokens))
             finally:
                 self.inside = False
             return forward(*args, **kwargs)
@@ -211,7 +211,7 @@ def _same_in_chunks(forward: Callable[..., Any], call: TokenCall) -> bool:
     try:
         given = call.hidden.clone()
         whole = forward(*call.args, **call.kwargs)
-        parts = run_in_chunks(forward, call, (call.count + 1) // 2)
+        parts = run_in_chunks(forward, call, (call.length + 1) // 2)
         outputs = zip(_several(whole), _several(parts), strict=True)
         untouched = torch.equal(given, call.hidden)  # what a module writes into its input could be lost in a chunk
         return untouched and all(_agree(a, b, given.dtype) for a, b in outputs)
