@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -29,6 +30,9 @@ TOKENS_PER_CHUNK = 8192
 PROBE_TOKENS = 15  # shown in two chunks, of 8 and 7
 PROBE_DRAWS = 3  # one that agrees is enough: what mixes tokens never does, but a router may flip at a near-tie
 SLACK = 16  # rounding errors of the coarser of input and output dtype, relative to the norm of the output
+
+# module -> form of call -> verdict: a model is shown to be token-wise once, not in every forward pass
+_shown: weakref.WeakKeyDictionary[nn.Module, dict[tuple, bool]] = weakref.WeakKeyDictionary()
 
 _PLAIN = (Tensor, bool, int, float, str, type(None))
 
@@ -73,6 +77,13 @@ class TokenCall(NamedTuple):
     def hidden(self) -> Tensor:
         """What the module works on: the first tensor that it is given."""
         return next(x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor))
+
+    @property
+    def form(self) -> tuple:
+        """What calls have in common that differ in their numbers of tokens only."""
+        named = [*enumerate(self.args), *sorted(self.kwargs.items())]
+        kinds = (((x.dtype, x.ndim, x.device) if isinstance(x, Tensor) else type(x)) for _, x in named)
+        return (self.axis, *((name, kind) for (name, _), kind in zip(named, kinds, strict=True)))
 
     def part(self, start: int, stop: int) -> TokenCall:
         """The same call on a run of tokens. Tensors without the token axis are given to every part."""
@@ -177,7 +188,10 @@ class _Chunks:
                 return forward(*args, **kwargs)
             self.inside = True
             try:
-                if token_wise(module, forward, call):
+                verdicts = _shown.setdefault(module, {})
+                if call.form not in verdicts:
+                    verdicts[call.form] = token_wise(module, forward, call)
+                if verdicts[call.form]:
                     self.names.add(name)
                     assert self.tokens is not None  # there is a call
                     return run_in_chunks(forward, call, self.size * (call.length // self.tokens))
