@@ -31,16 +31,18 @@ class SoftmaxState(NamedTuple):
         )
 
 
-def merge(a: SoftmaxState, b: SoftmaxState) -> SoftmaxState:
-    """The state of the keys of `a` followed by those of `b`; on a tie the slot of `a` is kept."""
-    largest = torch.maximum(a.largest, b.largest)
+def merge(*states: SoftmaxState) -> SoftmaxState:
+    """The state of the keys of all `states` together; on a tie the slot of the first is kept."""
+    each = SoftmaxState(*map(torch.stack, zip(*states, strict=True)))  # (states, ...)
+    largest = each.largest.amax(0)
     reference = torch.where(largest == -torch.inf, 0.0, largest)  # two empty states: (-inf) - (-inf) would be NaN
-    keep_a, keep_b = (a.largest - reference).exp(), (b.largest - reference).exp()
+    keep = (each.largest - reference).exp()
+    first = (each.largest == largest).byte().argmax(0, keepdim=True)
     return SoftmaxState(
         largest,
-        torch.where(b.largest > a.largest, b.argmax, a.argmax),
-        a.denominator * keep_a + b.denominator * keep_b,
-        a.sums * keep_a[..., None] + b.sums * keep_b[..., None],
+        each.argmax.gather(0, first)[0],
+        (each.denominator * keep).sum(0),
+        (each.sums * keep[..., None]).sum(0),
     )
 
 

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from locos_fast.contributions import Contributions, Summary
 from locos_fast.softmax_state import SoftmaxState, merge, normaliser, weight
-from locos_fast.span_plan import SpanPlan
+from locos_fast.torch_spans import SpanOutputs, SpanSums
 from locos_fast.visibility import KeyCounts, Visibility, count_keys, count_span_visible
 
 BLOCK = 2048  # keys per block: a block of scores (32 rows x 8 heads, float32) is 2 MB and stays in cache
 CHUNK = 64  # scores whose maximum is taken first, vectorised, when the position of the largest is looked for
-SUMMED_AT_ONCE = 128  # columns per sum over spans: a matrix product adds one by one, and the rounding adds up
+MERGED_AT_ONCE = 17  # states of blocks
 
 
 class GroupedRows(NamedTuple):
@@ -48,6 +48,39 @@ class GroupedRows(NamedTuple):
         return x.view(1, self.kv_heads, self.group).repeat_interleave(self.rows, dim=-1)
 
 
+class Products:
+    """Products of the stacked rows with one block of keys or values after another, in float32 at least.
+
+    On a CPU a few heads at a time, one per thread: each thread copies its head's block, converted if need be, into its
+    own cache and multiplies it from there; straight from memory a product takes a quarter longer. Buffers are reused:
+    fresh memory pages cost as much as the products.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        """`rows` is any (B, Hkv, R, D) tensor of the products' dtype and device."""
+        self.like, kv_heads = rows, rows.shape[1]
+        at_once = min(kv_heads, torch.get_num_threads()) if rows.device.type == "cpu" else kv_heads
+        self.heads = [slice(head, min(head + at_once, kv_heads)) for head in range(0, kv_heads, at_once)]
+        self.copies = rows.new_empty(0)
+        self.results: dict[str, Tensor] = {}
+
+    def of(self, name: str, rows: Tensor, x: Tensor, start: int, end: int) -> Tensor:
+        """rows (B, Hkv, R, D) times columns of x (B, Hkv, N, D): (B, Hkv, R, end - start), valid until the next product
+        of that name."""
+        shape = (*rows.shape[:3], end - start)
+        result = self.results.get(name)
+        if result is None or result.shape != shape:
+            result = self.results[name] = self.like.new_empty(shape)
+        for heads in self.heads:
+            torch.matmul(rows[:, heads], self._copy(x[:, heads, start:end]).mT, out=result[:, heads])
+        return result
+
+    def _copy(self, block: Tensor) -> Tensor:
+        if self.copies.numel() < block.numel():
+            self.copies = self.like.new_empty(block.numel())
+        return self.copies[: block.numel()].view(block.shape).copy_(block)
+
+
 class Scorer:
     """Scores of stacked rows against one block of keys after another, masked by visibility."""
 
@@ -56,9 +89,9 @@ class Scorer:
         self.layout = GroupedRows.of(query, key.shape[1])
         self.dtype = torch.promote_types(query.dtype, torch.float32)
         self.query = self.layout.stack(query).to(self.dtype) * (scale if softcap is None else scale / softcap)
+        self.products = Products(self.query)
         first, last = visibility.columns(query.shape[0])
         self.first, self.last = self.layout.per_row(first), self.layout.per_row(last)  # (B, 1, G*T)
-        self.buffer = key.new_empty(0, dtype=self.dtype)
         n_keys = key.shape[2]
         self.range = max(int(first.min()), 0), min(int(last.max()), n_keys)  # columns some row sees
         self.everyone = int(first.max()), int(last.min())  # columns every row sees, holes apart
@@ -67,20 +100,9 @@ class Scorer:
         for start in range(*self.range, BLOCK):
             yield start, min(start + BLOCK, self.range[1])
 
-    def fetch(self, x: Tensor, start: int, end: int) -> Tensor:
-        """Columns of key or value in the dtype of the scores, valid until the next fetch.
-
-        Always a copy into the same memory: the matrix product then reads from cache (straight from memory it takes a
-        sixth longer), and no fresh pages are asked for in every block.
-        """
-        block = x[:, :, start:end]
-        if self.buffer.numel() < block.numel():
-            self.buffer = x.new_empty(block.numel(), dtype=self.dtype)
-        return self.buffer[: block.numel()].view(block.shape).copy_(block)
-
     def scores(self, start: int, end: int) -> Tensor:
-        """(B, Hkv, G*T, end - start) scores, -inf where a row does not see the column."""
-        scores = self.query @ self.fetch(self.key, start, end).mT
+        """(B, Hkv, G*T, end - start) scores, -inf where a row does not see the column; valid until the next call."""
+        scores = self.products.of("scores", self.query, self.key, start, end)
         if self.softcap is not None:
             scores = scores.tanh_().mul_(self.softcap)
         hidden = self._hidden(start, end)
@@ -103,69 +125,36 @@ def largest_score(scores: Tensor) -> tuple[Tensor, Tensor]:
     chunks = scores.unflatten(-1, (columns // CHUNK, CHUNK))
     largest, chunk = chunks.amax(-1).max(-1)
     winner = chunks.gather(-2, chunk[..., None, None].expand(*chunk.shape, 1, CHUNK))[..., 0, :]
-    return largest, chunk * CHUNK + winner.argmax(-1)
+    return largest, winner.argmax(-1).add_(chunk, alpha=CHUNK)
 
 
 def block_state(scores: Tensor, first_slot: int) -> tuple[SoftmaxState, Tensor]:
     """The state of one block, without payload, and its exponentials; overwrites `scores`."""
     largest, argmax = largest_score(scores)
-    seen = largest != -torch.inf
-    exponentials = scores.sub_(torch.where(seen, largest, 0.0)[..., None]).exp_()
-    slots = torch.where(seen, argmax + first_slot, -1)
-    return SoftmaxState(largest, slots, exponentials.sum(-1), scores.new_empty((*largest.shape, 0))), exponentials
+    argmax += first_slot
+    reference = largest
+    empty = largest == -torch.inf
+    if bool(empty.any()):
+        reference, argmax = largest.masked_fill(empty, 0.0), argmax.masked_fill(empty, -1)
+    exponentials = scores.sub_(reference[..., None]).exp_()
+    return SoftmaxState(largest, argmax, exponentials.sum(-1), largest.new_empty((*largest.shape, 0))), exponentials
 
 
-class SpanSums:
-    """Sums of fields over the columns of each span: tile by tile, touching only the columns and spans that meet.
+class MergedStates:
+    """The state of all blocks so far; they are merged many at a time."""
 
-    The sums are relative to the largest score of the blocks so far, as in `SoftmaxState`; they are rescaled only when a
-    larger one turns up, since there may be many spans.
-    """
+    def __init__(self, rows: Tensor, payload: int) -> None:
+        """`rows` is any tensor (B, Hkv, R, D) of the state's dtype and device."""
+        self.states = [SoftmaxState.empty(rows.shape[:-1], payload, rows)]
 
-    def __init__(self, spans: Tensor, kv_offset: int, n_keys: int, rows: Tensor, fields: int) -> None:
-        """`rows` is any (B, Hkv, R) tensor of the sums' dtype and device."""
-        columns = (spans - kv_offset).cpu()
-        self.plan = SpanPlan.of(columns, rows.shape[0], n_keys, SUMMED_AT_ONCE, rows.device)
-        self.low, self.high = self.plan.low.amin(0).tolist(), self.plan.high.amax(0).tolist()
-        self.sums = rows.new_zeros((fields, *rows.shape, self.plan.start.shape[1]))
-        self.reference = torch.full_like(rows, -torch.inf)
+    def add(self, state: SoftmaxState) -> None:
+        self.states.append(state)
+        if len(self.states) == MERGED_AT_ONCE:
+            self.states = [merge(*self.states)]
 
-    def add(self, start: int, *fields: Tensor, largest: Tensor | None = None) -> None:
-        """Add blocks (B, Hkv, R, n) whose first column is `start`; `largest` (B, Hkv, R) is the score that they are
-        relative to, None if to none."""
-        end = start + fields[0].shape[-1]
-        for tile in range(start // SUMMED_AT_ONCE, -(-end // SUMMED_AT_ONCE)):
-            first, last = self.low[tile], self.high[tile]
-            if first >= last:
-                continue
-            share = None if largest is None else self._rescale(largest)
-            left, right = max(tile * SUMMED_AT_ONCE, start), min((tile + 1) * SUMMED_AT_ONCE, end)
-            inside = self._inside(left, right, first, last)
-            for into, field in zip(self.sums, fields, strict=True):
-                part = field[..., left - start : right - start] @ inside
-                into[..., first:last] += part if share is None else part.mul_(share)
-
-    def _rescale(self, largest: Tensor) -> Tensor:
-        """Make room for sums relative to `largest`; returns the factor that such sums take, (B, Hkv, R, 1)."""
-        reference = torch.maximum(self.reference, largest)
-        finite = torch.where(reference == -torch.inf, 0.0, reference)  # (-inf) - (-inf) would be NaN
-        if not torch.equal(reference, self.reference):
-            self.sums *= (self.reference - finite).exp()[..., None]
-            self.reference = reference
-        return (largest - finite).exp()[..., None]
-
-    def result(self, lse: Tensor | None = None) -> Tensor:
-        """(fields, B, Hkv, R, S) in the order the spans were given; weighted by alpha where `lse` (B, Hkv, R) is
-        given."""
-        if lse is not None:
-            self.sums *= torch.where(self.reference == -torch.inf, 0.0, (self.reference - lse).exp())[..., None]
-        return self.plan.restore_order(self.sums)
-
-    def _inside(self, left: int, right: int, first: int, last: int) -> Tensor:
-        """(B, 1, right - left, last - first): whether a column lies in a span."""
-        column = torch.arange(left, right, device=self.plan.start.device)[:, None]
-        start, end = (bound[:, None, first:last] for bound in (self.plan.start, self.plan.end))
-        return ((column >= start) & (column < end))[:, None].to(self.sums.dtype)
+    def merged(self) -> SoftmaxState:
+        self.states = [merge(*self.states)]
+        return self.states[0]
 
 
 def attention_contribution(
@@ -185,14 +174,14 @@ def attention_contribution(
     scorer = Scorer(query, key, visibility, scale, softcap)
     layout = scorer.layout
     direction = layout.stack(direction).to(scorer.dtype)
-    state = SoftmaxState.empty(scorer.query.shape[:-1], 1, scorer.query)
-    span_sums = SpanSums(spans, visibility.kv_offset, key.shape[2], state.largest, fields=2)
+    states = MergedStates(scorer.query, payload=1)
+    span_sums = SpanSums(spans, visibility.kv_offset, key.shape[2], scorer.query[..., 0], fields=2)
     for start, end in scorer.blocks():
         block, exponentials = block_state(scorer.scores(start, end), visibility.kv_offset + start)
-        phi = direction @ scorer.fetch(value, start, end).mT
-        phi *= exponentials
+        phi = scorer.products.of("phi", direction, value, start, end).mul_(exponentials)
         span_sums.add(start, exponentials, phi, largest=block.largest)
-        state = merge(state, block._replace(sums=phi.sum(-1, keepdim=True)))
+        states.add(block._replace(sums=phi.sum(-1, keepdim=True)))
+    state = states.merged()
     lse = normaliser(state, None if sinks is None else layout.per_head(sinks))
     to_alpha = weight(state, lse)
     mass, span = span_sums.result(lse)
@@ -207,13 +196,15 @@ def attention_contribution(
     )
 
 
-def softmax_pass(scorer: Scorer, kv_offset: int) -> SoftmaxState:
+def softmax_pass(scorer: Scorer, kv_offset: int, spans: SpanOutputs | None = None) -> SoftmaxState:
     """One pass over the keys: the state of every row, without payload."""
-    state = SoftmaxState.empty(scorer.query.shape[:-1], 0, scorer.query)
+    states = MergedStates(scorer.query, payload=0)
     for start, end in scorer.blocks():
-        block, _ = block_state(scorer.scores(start, end), kv_offset + start)
-        state = merge(state, block)
-    return state
+        block, exponentials = block_state(scorer.scores(start, end), kv_offset + start)
+        if spans is not None:
+            spans.add(start, exponentials, block.largest)
+        states.add(block)
+    return states.merged()
 
 
 def attention_summary(
@@ -228,12 +219,13 @@ def attention_summary(
     sinks: Tensor | None = None,
     counts: KeyCounts | None = None,
 ) -> Summary:
-    """The lean path: one pass over the keys, then keys and values of the spans only."""
+    """The lean path: one pass over the keys; values are read only inside the spans."""
     scorer = Scorer(query, key, visibility, scale, softcap)
     layout = scorer.layout
-    state = softmax_pass(scorer, visibility.kv_offset)
+    outputs = SpanOutputs(spans, visibility.kv_offset, scorer.query[..., 0], value)
+    state = softmax_pass(scorer, visibility.kv_offset, outputs)
     lse = normaliser(state, None if sinks is None else layout.per_head(sinks))
-    mass, span_output = _span_outputs(scorer, value, spans - visibility.kv_offset, lse)
+    mass, span_output = outputs.result(lse)
     return Summary(
         span_output=layout.unstack(span_output),
         mass=layout.unstack(mass),
@@ -244,26 +236,6 @@ def attention_summary(
     )
 
 
-def _span_outputs(scorer: Scorer, value: Tensor, columns: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """mass (B, Hkv, R, S) and span_output (B, Hkv, R, S, Dv); `columns` is (B or 1, S, 2)."""
-    n_spans = columns.shape[1]
-    mass = lse.new_zeros((*lse.shape, n_spans))
-    output = lse.new_zeros((*lse.shape, n_spans, value.shape[-1]))
-    finite_lse = torch.where(lse == -torch.inf, 0.0, lse)[..., None]
-    for index in range(n_spans):
-        low = max(int(columns[:, index, 0].min()), scorer.range[0])
-        high = min(int(columns[:, index, 1].max()), scorer.range[1])
-        for start in range(low, high, BLOCK):
-            end = min(start + BLOCK, high)
-            alpha = (scorer.scores(start, end) - finite_lse).exp()
-            column = torch.arange(start, end, device=lse.device)
-            inside = (column >= columns[:, index, :1]) & (column < columns[:, index, 1:])  # (B or 1, n)
-            alpha = alpha * inside[:, None, None]
-            mass[..., index] += alpha.sum(-1)
-            output[..., index, :] += alpha @ value[:, :, start:end].to(scorer.dtype)
-    return mass, output
-
-
 def ov_contribution(
     attn: Tensor, value: Tensor, direction: Tensor, spans: Tensor, *, visible: Tensor | None = None
 ) -> Contributions:
@@ -272,18 +244,18 @@ def ov_contribution(
     layout = GroupedRows.of(attn, value.shape[1])
     dtype = torch.promote_types(attn.dtype, torch.float32)
     direction = layout.stack(direction).to(dtype)
-    shape = direction.shape[:-1]
-    total, total_mass = (torch.zeros(shape, dtype=dtype, device=attn.device) for _ in range(2))
+    products = Products(direction)
+    total, total_mass, largest = (torch.zeros_like(direction[..., 0]) for _ in range(3))
+    argmax = torch.full_like(total, -1, dtype=torch.int64)
     span_sums = SpanSums(spans, 0, n_keys, total, fields=2)
-    largest = torch.zeros_like(total)
-    argmax = torch.full(shape, -1, device=attn.device)
     for start in range(0, n_keys, BLOCK):
-        alpha = layout.stack(attn[..., start : start + BLOCK]).to(dtype)  # stacking copies where T and H are transposed
-        phi = alpha * (direction @ value[:, :, start : start + BLOCK].to(dtype).mT)
+        end = min(start + BLOCK, n_keys)
+        alpha = layout.stack(attn[..., start:end]).to(dtype)  # stacking copies where T and H are transposed
+        phi = products.of("phi", direction, value, start, end).mul_(alpha)
         total += phi.sum(-1)
         total_mass += alpha.sum(-1)
         span_sums.add(start, alpha, phi)
-        block_largest, block_argmax = alpha.max(-1)
+        block_largest, block_argmax = largest_score(alpha)
         argmax = torch.where(block_largest > largest, block_argmax + start, argmax)
         largest = torch.maximum(largest, block_largest)
     mass, span = span_sums.result()
@@ -320,5 +292,5 @@ def position_contribution(
     phi = lse.new_zeros((*lse.shape, key.shape[2]))
     for start, end in scorer.blocks():
         alpha = scorer.scores(start, end).sub_(lse[..., None]).exp_()
-        torch.mul(alpha, direction @ scorer.fetch(value, start, end).mT, out=phi[..., start:end])
+        torch.mul(alpha, scorer.products.of("phi", direction, value, start, end), out=phi[..., start:end])
     return layout.unstack(phi)

@@ -389,6 +389,9 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
+MANY_BLOCKS = (32, 128)  # as many states of blocks wait to be merged at the end of both
+
+
 def memory(function: str, keys: int, layout: str) -> LiveBytes:
     """What a call on `keys` keys allocates; the span lies across a block boundary of both lengths."""
     spans = [(2000, 2100)]
@@ -409,8 +412,8 @@ def memory(function: str, keys: int, layout: str) -> LiveBytes:
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("function", ["attention_contribution", "attention_summary", "ov_contribution"])
 def test_memory_of_the_torch_backend_does_not_grow_with_the_context(function, layout):
-    short, long = (memory(function, keys, layout) for keys in (2 * torch_ops.BLOCK, 16 * torch_ops.BLOCK))
-    assert long.peak == short.peak
+    short, long = (memory(function, keys, layout) for keys in (blocks * torch_ops.BLOCK for blocks in MANY_BLOCKS))
+    assert 0 <= long.peak - short.peak <= 96 * torch_ops.BLOCK * 8 / 128  # the table of spans: 8 bytes per 128 keys
     assert long.largest == short.largest
 
 

@@ -1,0 +1,113 @@
+"""Sums over spans of keys in the one pass of the torch backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from locos_fast.span_plan import SpanPlan
+
+SUMMED_AT_ONCE = 128  # columns per sum over spans: a matrix product adds one by one, and the rounding adds up
+
+
+class RunningReference:
+    """The largest score of each row so far, which sums that run over the blocks are relative to."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.reference = torch.full_like(like, -torch.inf)  # (B, Hkv, R)
+
+    def rescale(self, largest: Tensor, *sums: Tensor) -> Tensor:
+        """Make `sums` (B, Hkv, R, ...) fit for what is relative to `largest`; returns the factor that that takes.
+
+        There may be many sums, so they are only touched where a score is larger than all before.
+        """
+        reference = torch.maximum(self.reference, largest)
+        finite = torch.where(reference == -torch.inf, 0.0, reference)  # (-inf) - (-inf) would be NaN
+        if not torch.equal(reference, self.reference):
+            keep = (self.reference - finite).exp()
+            for each in sums:
+                each *= keep.view(*keep.shape, *(1,) * (each.ndim - keep.ndim))
+            self.reference = reference
+        return (largest - finite).exp()
+
+    def to_alpha(self, lse: Tensor) -> Tensor:
+        """What turns sums into sums weighted by alpha."""
+        return torch.where(self.reference == -torch.inf, 0.0, (self.reference - lse).exp())
+
+
+class SpanSums:
+    """Sums of fields over the columns of each span: tile by tile, touching only the columns and spans that meet."""
+
+    def __init__(self, spans: Tensor, kv_offset: int, n_keys: int, rows: Tensor, fields: int) -> None:
+        """`rows` is any (B, Hkv, R) tensor of the sums' dtype and device."""
+        columns = (spans - kv_offset).cpu()
+        self.plan = SpanPlan.of(columns, rows.shape[0], n_keys, SUMMED_AT_ONCE, rows.device)
+        self.low, self.high = self.plan.low.amin(0).tolist(), self.plan.high.amax(0).tolist()
+        self.sums = [rows.new_zeros((*rows.shape, self.plan.start.shape[1])) for _ in range(fields)]
+        self.running = RunningReference(rows)
+
+    def add(self, start: int, *fields: Tensor, largest: Tensor | None = None) -> None:
+        """Add blocks (B, Hkv, R, n) whose first column is `start`; `largest` (B, Hkv, R) is the score that they are
+        relative to, None if to none."""
+        end = start + fields[0].shape[-1]
+        tiles = range(start // SUMMED_AT_ONCE, -(-end // SUMMED_AT_ONCE))
+        met = [tile for tile in tiles if self.low[tile] < self.high[tile]]
+        if not met:
+            return
+        factor = None if largest is None else self.running.rescale(largest, *self.sums)
+        for tile in met:
+            spans = slice(self.low[tile], self.high[tile])
+            left, right = max(tile * SUMMED_AT_ONCE, start), min((tile + 1) * SUMMED_AT_ONCE, end)
+            inside = self._inside(left, right, spans)
+            for into, field in zip(self.sums, fields, strict=True):
+                part = field[..., left - start : right - start] @ inside
+                into[..., spans] += part if factor is None else part.mul_(factor[..., None])
+
+    def _inside(self, left: int, right: int, spans: slice) -> Tensor:
+        """(B, 1, right - left, spans): whether a column lies in a span."""
+        column = torch.arange(left, right, device=self.plan.start.device)[:, None]
+        start, end = (bound[:, None, spans] for bound in (self.plan.start, self.plan.end))
+        return ((column >= start) & (column < end))[:, None].to(self.sums[0].dtype)
+
+    def result(self, lse: Tensor | None = None) -> list[Tensor]:
+        """(B, Hkv, R, S) of each field, in the order the spans were given; weighted by alpha where `lse` (B, Hkv, R) is
+        given."""
+        if lse is not None:
+            for each in self.sums:
+                each *= self.running.to_alpha(lse)[..., None]
+        return [self.plan.restore_order(each) for each in self.sums]
+
+
+class SpanOutputs:
+    """Each span's share of the head output, from the exponentials of the one pass over the keys."""
+
+    def __init__(self, spans: Tensor, kv_offset: int, rows: Tensor, value: Tensor) -> None:
+        """`rows` is any (B, Hkv, R) tensor of the sums' dtype and device."""
+        self.columns = spans - kv_offset  # (B or 1, S, 2)
+        self.reach = list(
+            zip(self.columns[..., 0].amin(0).tolist(), self.columns[..., 1].amax(0).tolist(), strict=True)
+        )
+        self.value = value
+        self.mass = rows.new_zeros((*rows.shape, len(self.reach)))
+        self.output = rows.new_zeros((*rows.shape, len(self.reach), value.shape[-1]))
+        self.running = RunningReference(rows)
+
+    def add(self, start: int, exponentials: Tensor, largest: Tensor) -> None:
+        """Add a block (B, Hkv, R, n) of exponentials relative to `largest` (B, Hkv, R), with first column `start`."""
+        end = start + exponentials.shape[-1]
+        met = [(index, low, high) for index, (low, high) in enumerate(self.reach) if low < end and high > start]
+        if not met:
+            return
+        factor = self.running.rescale(largest, self.mass, self.output)
+        for index, low, high in met:
+            left, right = max(low, start), min(high, end)
+            column = torch.arange(left, right, device=self.columns.device)
+            inside = (column >= self.columns[:, index, :1]) & (column < self.columns[:, index, 1:])  # (B or 1, n)
+            weights = exponentials[..., left - start : right - start] * inside[:, None, None] * factor[..., None]
+            self.mass[..., index] += weights.sum(-1)
+            self.output[..., index, :] += weights @ self.value[:, :, left:right].to(weights.dtype)
+
+    def result(self, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """mass (B, Hkv, R, S) and output (B, Hkv, R, S, Dv), weighted by alpha."""
+        to_alpha = self.running.to_alpha(lse)[..., None]
+        return self.mass * to_alpha, self.output * to_alpha[..., None]
