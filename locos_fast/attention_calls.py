@@ -22,6 +22,7 @@ from locos_fast import ops
 from locos_fast.architecture import AttentionLayer, UnsupportedModelError, attention_layers, decoder
 from locos_fast.attention_registry import RecordingError, registry
 from locos_fast.contributions import Contributions, Summary
+from locos_fast.cost import Stopwatch
 from locos_fast.mask_reading import Call, RowsSeen, read_visibility, select_rows
 from locos_fast.visibility import KeyCounts, count_keys
 
@@ -94,15 +95,17 @@ def attention_calls(
     spans: ops.Spans,
     backend: str,
     receive: Callable[[RowsCall], None],
+    watch: Stopwatch | None = None,
 ) -> Iterator[AnswerRows]:
     """Hand every attention call that computes answer rows to `receive` while the model runs inside the context.
 
-    rows: slots of the query rows, (T,) or (B, T); spans: whose visible keys are counted, see `ops.Spans`.
+    rows: slots of the query rows, (T,) or (B, T). spans: whose visible keys are counted, see `ops.Spans`.
+    watch: adds up the time that observing takes.
 
     Raises UnsupportedModelError for models that cannot be recorded, ValueError for rows and spans that do not fit, and
     RecordingError for nested recordings of one model.
     """
-    observer = AnswerRows(model, rows, spans, backend, receive)
+    observer = AnswerRows(model, rows, spans, backend, receive, watch or Stopwatch())
     hooks = [
         observer.decoder.register_forward_pre_hook(observer.before_forward, with_kwargs=True),
         observer.decoder.register_forward_hook(observer.after_forward, always_call=True),
@@ -134,12 +137,13 @@ class AnswerRows:
         spans: ops.Spans,
         backend: str,
         receive: Callable[[RowsCall], None],
+        watch: Stopwatch,
     ) -> None:
         self.layers = attention_layers(model)
         self.decoder = decoder(model)
         self.rows = row_table(rows)
         self.spans = ops.checked_spans(spans)  # (B or 1, S, 2) on the CPU
-        self.backend, self.receive = backend, receive
+        self.backend, self.receive, self.watch = backend, receive, watch
         self.layer_of = {id(layer.module): layer for layer in self.layers}
         self.filled: dict[int, Tensor] = {}  # layer -> (B or 1, T) bool: which rows were computed
         self.past = 0  # slots computed before this forward
@@ -168,6 +172,18 @@ class AnswerRows:
         kwargs: dict,
     ) -> None:
         """One attention call; see `attention_registry.Observer`."""
+        with self.watch.running(output.device):
+            self._observe(module, implementation, qkv, mask, output, kwargs)
+
+    def _observe(
+        self,
+        module: nn.Module,
+        implementation: str,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        mask: Any,
+        output: Tensor,
+        kwargs: dict,
+    ) -> None:
         layer = self.layer_of[id(module)]
         _refuse_call(module, kwargs)
         query, key, value = qkv

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from locos_fast.architecture import UnsupportedModelError, unembedding
 
+PARTS = 3  # values in half precision that hold a float32 (float16: 33 bits of 24; bfloat16: 24)
 BLOCK = 1024  # rows of a projection's weight that are held in float32 at a time
 
 
@@ -103,15 +104,43 @@ def bias_of(projection: nn.Module, width: int, like: Tensor) -> Tensor:
 
 
 def _product(direction: Tensor, weight: Tensor) -> Tensor:
-    """direction @ weight in the direction's dtype; weight is (hidden, heads * Dv) in any floating dtype."""
+    """direction @ weight in the direction's dtype; weight is (hidden, heads * Dv) in any floating dtype.
+
+    Without a copy of the weight in that dtype: on NVIDIA GPUs the direction is taken apart instead, elsewhere the weight
+    is converted in blocks.
+    """
     direction = direction.to(weight.device)
     if weight.dtype == direction.dtype:
         return direction @ weight
+    if _has_wide_product(weight):
+        parts = torch.mm(torch.cat(in_parts(direction, weight.dtype)), weight, out_dtype=torch.float32)
+        largest = row_scale(direction)
+        return parts.unflatten(0, (PARTS, -1)).sum(0) * largest
     result = direction.new_zeros((direction.shape[0], weight.shape[1]))
     for start in range(0, weight.shape[0], BLOCK):
         block = slice(start, start + BLOCK)
         result += direction[:, block] @ weight[block].to(direction.dtype)
     return result
+
+
+def in_parts(direction: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """float32 rows, scaled to 1 by `row_scale`, as `PARTS` rows of a half-precision dtype that add up to them."""
+    rest, parts = direction / row_scale(direction), []
+    for _ in range(PARTS):
+        parts.append(rest.to(dtype))
+        rest = rest - parts[-1].to(rest.dtype)
+    return parts
+
+
+def row_scale(direction: Tensor) -> Tensor:
+    """(T, 1) largest magnitude of each row, 1 where it is zero."""
+    largest = direction.abs().amax(-1, keepdim=True)
+    return torch.where(largest > 0, largest, 1.0)
+
+
+def _has_wide_product(weight: Tensor) -> bool:
+    """Whether PyTorch multiplies half-precision matrices into float32: on NVIDIA GPUs."""
+    return weight.is_cuda and weight.element_size() == 2 and torch.version.hip is None
 
 
 def _push_basis(projection: nn.Module, direction: Tensor) -> Tensor:

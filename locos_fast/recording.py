@@ -18,6 +18,7 @@ from locos_fast import ops
 from locos_fast.attention_calls import RowsCall, attention_calls, row_table
 from locos_fast.attention_registry import RecordingError
 from locos_fast.contributions import Summary
+from locos_fast.cost import Stopwatch
 
 __all__ = ["LayerRecord", "Recording", "RecordingError", "record"]
 
@@ -72,6 +73,7 @@ def record(
     *,
     backend: str = "auto",
     verify: bool = False,
+    watch: Stopwatch | None = None,
 ) -> Iterator[Recording]:
     """Record the answer rows of every attention layer while the model runs inside the context.
 
@@ -85,13 +87,14 @@ def record(
     spans: slots of the keys to sum over, see `locos_fast.ops.Spans`.
     verify: recompute, per layer, the sum of a random direction's contributions from queries, keys and values, and
     compare it with direction . output. It reads V once more and catches a mask, scale, cap or sink that was misread.
+    watch: adds up the time that recording takes.
 
     Raises UnsupportedModelError for models that cannot be recorded, ValueError for rows and spans that do not fit,
     RecordingError for nested recordings of one model, and on exit if a layer or a row was never computed.
     """
     rows, table = row_table(rows), ops.checked_spans(spans)
     kept = _Kept(rows.shape[1], table, verify)
-    with attention_calls(model, rows, table, backend, kept.receive) as calls:
+    with attention_calls(model, rows, table, backend, kept.receive, watch) as calls:
         yield kept.recording
     calls.check_complete()
 

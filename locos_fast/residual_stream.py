@@ -24,6 +24,7 @@ from locos_fast.architecture import (
     decoder_layers,
     unembedding,
 )
+from locos_fast.cost import Stopwatch
 from locos_fast.norms import FrozenNorm, freeze
 
 SLACK = 4  # rounding errors of the model's dtype that a sum in the stream may differ by
@@ -66,10 +67,12 @@ class StreamTrace:
 
 
 @contextlib.contextmanager
-def trace_projections(model: PreTrainedModel, rows: Sequence[int]) -> Iterator[StreamTrace]:
+def trace_projections(
+    model: PreTrainedModel, rows: Sequence[int], watch: Stopwatch | None = None
+) -> Iterator[StreamTrace]:
     """`trace`, but only of what goes into and comes out of the attention layers' output projections."""
     result = StreamTrace(model)
-    tracer = _Tracer(result, list(rows))
+    tracer = _Tracer(result, list(rows), watch or Stopwatch())
     with contextlib.ExitStack() as hooks:
         for hook in tracer.projection_hooks(model):
             hooks.callback(hook.remove)
@@ -77,14 +80,15 @@ def trace_projections(model: PreTrainedModel, rows: Sequence[int]) -> Iterator[S
 
 
 @contextlib.contextmanager
-def trace(model: PreTrainedModel, rows: Sequence[int]) -> Iterator[StreamTrace]:
+def trace(model: PreTrainedModel, rows: Sequence[int], watch: Stopwatch | None = None) -> Iterator[StreamTrace]:
     """Keep the residual stream at `rows` of the one forward pass inside the context.
 
     rows: increasing token indices. The pass must be a single prefill of one prompt without a cache, with logits for all
-    tokens, for `rows` only, or, if it ends at the last row, for the last tokens.
+    tokens, for `rows` only, or, if it ends at the last row, for the last tokens. watch: adds up the time that keeping
+    them takes.
     """
     result = StreamTrace(model)
-    tracer = _Tracer(result, list(rows))
+    tracer = _Tracer(result, list(rows), watch or Stopwatch())
     with contextlib.ExitStack() as hooks:
         for hook in tracer.hooks(model):
             hooks.callback(hook.remove)
@@ -94,8 +98,8 @@ def trace(model: PreTrainedModel, rows: Sequence[int]) -> Iterator[StreamTrace]:
 class _Tracer:
     """The hooks of one trace."""
 
-    def __init__(self, result: StreamTrace, rows: list[int]) -> None:
-        self.result, self.rows = result, rows
+    def __init__(self, result: StreamTrace, rows: list[int], watch: Stopwatch) -> None:
+        self.result, self.rows, self.watch = result, rows, watch
         self.children: dict[int, list[Passage]] = {}
 
     def hooks(self, model: PreTrainedModel) -> Iterator[Any]:
@@ -116,7 +120,8 @@ class _Tracer:
 
     def _passage(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Passage | None:
         given = args[0] if args else next((x for x in kwargs.values() if isinstance(x, Tensor)), None)
-        inputs, outputs = take_rows(given, self.rows), take_rows(output, self.rows)
+        with self.watch.running(given.device if isinstance(given, Tensor) else torch.device("cpu")):
+            inputs, outputs = take_rows(given, self.rows), take_rows(output, self.rows)
         return None if inputs is None or outputs is None else Passage(module, inputs, outputs)
 
     def _into(self, calls: list[Passage]) -> Any:

@@ -22,6 +22,7 @@ from locos_fast._version import __version__
 from locos_fast.answer_pass import answer_logits, check_prompt
 from locos_fast.architecture import layer_count
 from locos_fast.attribution import Attribution, attribute_heads
+from locos_fast.cost import Meter
 from locos_fast.directions import Target, head_directions, token_directions
 from locos_fast.head_scores import ARRAYS, HeadScores
 from locos_fast.recording import LayerRecord, Recording, record
@@ -66,7 +67,8 @@ def score_tokens(
 
     Scores are means over the answer rows that see at least one needle key (DLA: over all rows; Wu: a sum); a layer in
     which no row does is NaN in score, l_plus, l_minus and attention_spatial. A needle partly inside a layer's window
-    counts with the part that is seen; `meta["needle_visible_share"]` keeps how much that was.
+    counts with the part that is seen; `meta["needle_visible_share"]` keeps how much that was. `meta["cost"]` keeps the
+    seconds of the forward pass and of scoring, and the peak memory above what was in use before, in bytes.
     Raises ValueError for arguments that do not fit and UnsupportedModelError for models that cannot be recorded.
     """
     check_norm(norm)
@@ -79,14 +81,15 @@ def score_tokens(
     answer_ids = input_ids[0, list(answer_positions)]
     target = Target.of(answer_ids, contrast)
     follow = trace if norm == "frozen" else trace_projections
+    meter = Meter(model)
     with (
         torch.inference_mode(),
-        record(model, rows, spans, backend=backend, verify=verify) as recording,
-        follow(model, rows) as stream,
+        record(model, rows, spans, backend=backend, verify=verify, watch=meter.scoring) as recording,
+        follow(model, rows, meter.scoring) as stream,
         token_chunks(model, token_chunk),
     ):
         logits = answer_logits(model, fed, rows)
-    with torch.inference_mode():
+    with torch.inference_mode(), meter.scoring.running(input_ids.device):
         directions, completeness = _directions(model, norm, stream, recording, target, logits)
         arrays = _score_layers(model, recording, directions, input_ids, spans, answer_ids)
     meta = {
@@ -99,6 +102,7 @@ def score_tokens(
         "answer_ids": answer_ids.tolist(),
         "predicted_ids": logits.argmax(-1).tolist(),
         "tokens": int(input_ids.shape[1]),
+        "cost": meter.cost().as_dict(),
     } | completeness
     return HeadScores(**arrays, meta=meta)
 

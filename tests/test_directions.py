@@ -177,3 +177,30 @@ def test_an_unembedding_of_integers_is_refused() -> None:
     model.lm_head.weight = nn.Parameter(torch.zeros(61, 32, dtype=torch.int8), requires_grad=False)
     with pytest.raises(UnsupportedModelError, match="Linear keeps no floating-point unembedding rows"):
         token_directions(model, Target(torch.tensor([1])))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_parts_of_a_direction_add_up_to_it(dtype: torch.dtype) -> None:
+    """Also where its entries are far beyond or below what float16 can say, and where a row is zero."""
+    torch.manual_seed(0)
+    direction = torch.randn(4, HIDDEN) * torch.tensor([[1.0], [1e9], [1e-9], [0.0]])
+    parts = directions.in_parts(direction, dtype)
+    assert {part.dtype for part in parts} == {dtype}
+    scaled = sum(part.double() for part in parts) * directions.row_scale(direction)
+    error = (scaled - direction).abs().amax(-1)
+    assert torch.all(error <= 2.0**-23 * direction.abs().amax(-1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_gpu_multiplies_half_precision_weights_in_float32(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    projection = nn.Linear(4096, 1024, bias=False, dtype=dtype, device="cuda")
+    direction = torch.randn(8, 1024, device="cuda") * torch.logspace(-6, 6, 8, device="cuda")[:, None]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    product = pull_back(projection, direction)
+    assert torch.cuda.max_memory_allocated() - before < projection.weight.nbytes / 4  # no float32 copy
+    exact = direction.double() @ projection.weight.double()
+    size = direction.double().abs() @ projection.weight.double().abs()
+    assert torch.all((product - exact).abs() <= 16 * 2.0**-24 * size)

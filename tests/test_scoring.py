@@ -219,11 +219,16 @@ def test_a_needle_that_is_all_a_row_sees_has_nothing_to_be_compared_with() -> No
 # --- the needle and the answer
 
 
+def described(scores: HeadScores) -> dict:
+    """`meta` without what differs from run to run."""
+    return {name: value for name, value in scores.meta.items() if name != "cost"}
+
+
 @pytest.mark.parametrize("spans", [[(4, 6), (6, 9)], [(5, 9), (4, 7)], [(4, 9), (5, 6)], [(8, 9), (4, 8)]])
 def test_spans_that_touch_or_overlap_are_their_union(spans: list[tuple[int, int]]) -> None:
     model, ids = build("llama"), tokens(1, LENGTH)
     scores, union = score_tokens(model, ids, spans, ANSWER), score_tokens(model, ids, (4, 9), ANSWER)
-    assert scores.meta == union.meta
+    assert described(scores) == described(union)
     for name in ARRAYS:
         np.testing.assert_array_equal(getattr(scores, name), getattr(union, name))
 
@@ -233,7 +238,7 @@ def test_the_order_of_the_answer_positions_does_not_matter() -> None:
     scores, turned = (score_tokens(model, ids, (4, 9), answer) for answer in (ANSWER, ANSWER[::-1]))
     for name in ARRAYS:
         np.testing.assert_array_equal(getattr(turned, name), getattr(scores, name))
-    assert turned.meta == scores.meta  # positions are kept in increasing order
+    assert described(turned) == described(scores)  # positions are kept in increasing order
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -364,7 +369,7 @@ def test_a_trial_is_scored_as_its_tokens() -> None:
     expected = score_tokens(model, ids, (4, 9), [25, 26])
     for name in ARRAYS:
         np.testing.assert_array_equal(getattr(scores, name), getattr(expected, name))
-    assert scores.meta == expected.meta | {
+    assert described(scores) == described(expected) | {
         "trial": "one",
         "answer_tokens": [chr(ord("A") + token) for token in ids[0, 25:].tolist()],
     }
