@@ -1,0 +1,173 @@
+"""What a scored layer asks of a GPU: few launches, and never a wait. Counted without a GPU, on tensors without memory.
+
+The kernels are replaced by something that counts; everything around them runs as it would. On the meta device every
+attempt of the host to look at a value raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from locos_fast.architecture import attention_layers
+from locos_fast.attention_calls import AnswerRows, RowsCall
+from locos_fast.cost import Stopwatch
+from locos_fast.visibility import Visibility, count_keys
+from tests.tiny_models import build
+
+triton_ops = pytest.importorskip("locos_fast.triton_ops")
+
+BATCH, KV_HEADS, GROUP, ROWS, KEYS, DIM = 1, 8, 4, 8, 102_400, 128
+KERNELS = (
+    "attention_contribution_split",
+    "attention_summary_split",
+    "combine_spans",
+    "combine_splits",
+    "combine_sums",
+    "ov_contribution_split",
+    "span_output",
+)
+# what PyTorch answers on the host, without work for the device
+FREE = ("empty", "view", "expand", "slice", "select", "unbind", "detach", "transpose", "alias", "permute", "unsqueeze")
+
+
+class Counter:
+    """Stands for a kernel: kernel[grid](...)."""
+
+    def __init__(self, name: str, launched: list[str]) -> None:
+        self.name, self.launched = name, launched
+
+    def __getitem__(self, grid: Any) -> Counter:
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self.launched.append(self.name)
+
+
+class Operators(TorchDispatchMode):
+    """Lists the operators that would do work on the device."""
+
+    def __init__(self, launched: list[str]) -> None:
+        super().__init__()
+        self.launched = launched
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.__name__.partition(".")[0].strip("_")
+        tensors = [x for x in (result if isinstance(result, tuple | list) else [result]) if isinstance(x, Tensor)]
+        if any(x.device.type == "meta" for x in tensors) and not name.startswith(FREE):
+            self.launched.append(name)
+        return result
+
+
+class Inputs(NamedTuple):
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    direction: Tensor
+    visibility: Visibility
+
+
+@pytest.fixture(autouse=True)
+def poison_empty_memory() -> None:
+    """Not here, where filling would be counted."""
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What was launched, in order."""
+    found: list[str] = []
+    for name in KERNELS:
+        monkeypatch.setattr(triton_ops, name, Counter(name, found))
+    monkeypatch.setattr(triton_ops, "_architecture", lambda device: "sm_90")
+    yield found
+
+
+@pytest.fixture
+def inputs() -> Inputs:
+    def tensor(heads: int, length: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty((BATCH, heads, length, DIM), dtype=dtype, device="meta")
+
+    heads = KV_HEADS * GROUP
+    visibility = Visibility.causal(torch.arange(KEYS - ROWS, KEYS)[None])
+    return Inputs(
+        tensor(heads, ROWS),
+        tensor(KV_HEADS, KEYS),
+        tensor(KV_HEADS, KEYS),
+        tensor(heads, ROWS, torch.float32),
+        visibility.to(torch.device("meta")),
+    )
+
+
+def spans_of(count: int) -> Tensor:
+    size = KEYS // count
+    return torch.tensor([[(i * size, (i + 1) * size) for i in range(count)]])
+
+
+def test_a_summary_is_three_launches_and_no_wait(launched: list[str], inputs: Inputs) -> None:
+    query, key, value, _, visibility = inputs
+    spans = spans_of(100)
+    counts = count_keys(visibility, spans.to("meta"), BATCH, KEYS)
+    with Operators(launched):
+        triton_ops.attention_summary(query, key, value, spans, visibility, scale=0.1, counts=counts)  # plans are kept
+        launched.clear()
+        triton_ops.attention_summary(query, key, value, spans, visibility, scale=0.1, counts=counts)
+    assert launched == ["attention_summary_split", "combine_splits", "span_output"]
+
+
+@pytest.mark.parametrize("count", [1, 1000, 20_000])
+def test_a_contribution_is_one_pass_however_many_spans(launched: list[str], inputs: Inputs, count: int) -> None:
+    query, key, value, direction, visibility = inputs
+    spans = spans_of(count)
+    counts = count_keys(visibility, spans.to("meta"), BATCH, KEYS)
+    arguments = (query, key, value, direction, spans, visibility)
+    triton_ops.attention_contribution(*arguments, scale=0.1, counts=counts)
+    launched.clear()
+    with Operators(launched):
+        triton_ops.attention_contribution(*arguments, scale=0.1, counts=counts)
+    # a pair that nobody writes, its tile being hidden from every row, keeps what it is filled with
+    assert launched == ["full", "attention_contribution_split", "combine_splits", "combine_spans"]
+
+
+def test_given_weights_are_one_pass_however_many_spans(launched: list[str], inputs: Inputs) -> None:
+    attn = torch.empty((BATCH, KV_HEADS * GROUP, ROWS, KEYS), dtype=torch.bfloat16, device="meta")
+    spans = spans_of(20_000)
+    triton_ops.ov_contribution(attn, inputs.value, inputs.direction, spans)
+    assert [name for name in launched if name in KERNELS] == ["ov_contribution_split", "combine_sums", "combine_spans"]
+
+
+def test_recording_adds_four_launches_to_a_layer_and_no_wait(launched: list[str], inputs: Inputs) -> None:
+    """Three kernels and the copy of the head outputs at the answer rows; masks are read once for all layers."""
+    model = build("llama", "sdpa")
+    spans = torch.tensor([[(100, 132)]])
+    kept = []
+
+    def receive(call: RowsCall) -> None:
+        kept.append(call.output.clone())
+        kept.append(
+            triton_ops.attention_summary(
+                call.query,
+                call.key,
+                call.value,
+                spans,
+                call.seen[0].visibility,
+                scale=0.1,
+                counts=call.counts[0],
+            )
+        )
+
+    rows = list(range(KEYS - ROWS, KEYS))
+    observer = AnswerRows(model, rows, spans, "triton", receive, Stopwatch())
+    observer.tokens = KEYS
+    query = torch.empty((BATCH, KV_HEADS * GROUP, KEYS, DIM), dtype=torch.bfloat16, device="meta")
+    output = query.transpose(1, 2)
+    for layer in attention_layers(model):
+        launched.clear()
+        with Operators(launched):
+            observer.observe(layer.module, "sdpa", (query, inputs.key, inputs.value), None, output, {"scaling": 0.1})
+    assert launched == ["clone", "attention_summary_split", "combine_splits", "span_output"]
