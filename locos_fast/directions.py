@@ -106,8 +106,8 @@ def bias_of(projection: nn.Module, width: int, like: Tensor) -> Tensor:
 def _product(direction: Tensor, weight: Tensor) -> Tensor:
     """direction @ weight in the direction's dtype; weight is (hidden, heads * Dv) in any floating dtype.
 
-    Without a copy of the weight in that dtype: on NVIDIA GPUs the direction is taken apart instead, elsewhere weights are
-    converted in blocks.
+    The weight is never copied in that dtype: on NVIDIA GPUs the direction is taken apart instead, elsewhere the weight
+    is converted in blocks.
     """
     direction = direction.to(weight.device)
     if weight.dtype == direction.dtype:

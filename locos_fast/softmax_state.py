@@ -1,16 +1,20 @@
 """Partial softmax results and the one function that merges them.
 
-A part of the keys leaves, per row, the largest score, the sum of exp(score - largest) and any number of sums weighted
-by that exponential. Two such states merge into the state of the union; the merge is associative, so keys may be cut
-anywhere and the parts merged in any grouping. The empty state (nothing seen) is its neutral element.
+Scores are in base 2 (natural ones times log2 e), as in the kernels: exp2 takes half the time of exp. A part of the keys
+leaves, per row, the largest score, the sum of exp2(score - largest) and any number of sums weighted by that
+exponential. Two such states merge into the state of the union; the merge is associative, so keys may be cut anywhere
+and the parts merged in any grouping. The empty state (nothing seen) is its neutral element.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+LOG2_E, LN_2 = math.log2(math.e), math.log(2)
 
 
 class SoftmaxState(NamedTuple):
@@ -18,8 +22,8 @@ class SoftmaxState(NamedTuple):
 
     largest: Tensor  # (...) largest score, -inf if no key is visible
     argmax: Tensor  # (...) int64 slot of the largest score, -1 if no key is visible
-    denominator: Tensor  # (...) sum of exp(score - largest)
-    sums: Tensor  # (..., P) payload, each a sum of exp(score - largest) * something
+    denominator: Tensor  # (...) sum of exp2(score - largest)
+    sums: Tensor  # (..., P) payload, each a sum of exp2(score - largest) * something
 
     @classmethod
     def empty(cls, rows: torch.Size, payload: int, like: Tensor) -> SoftmaxState:
@@ -36,7 +40,7 @@ def merge(*states: SoftmaxState) -> SoftmaxState:
     each = SoftmaxState(*map(torch.stack, zip(*states, strict=True)))  # (states, ...)
     largest = each.largest.amax(0)
     reference = torch.where(largest == -torch.inf, 0.0, largest)  # two empty states: (-inf) - (-inf) would be NaN
-    keep = (each.largest - reference).exp()
+    keep = (each.largest - reference).exp2()
     first = (each.largest == largest).byte().argmax(0, keepdim=True)
     return SoftmaxState(
         largest,
@@ -47,12 +51,12 @@ def merge(*states: SoftmaxState) -> SoftmaxState:
 
 
 def normaliser(state: SoftmaxState, sinks: Tensor | None = None) -> Tensor:
-    """Natural-log softmax normaliser; `sinks` broadcasts to the rows and enters the denominator only."""
-    lse = state.largest + state.denominator.log()
+    """Softmax normaliser, in base 2 like the scores; `sinks` broadcasts to the rows and enters the denominator only."""
+    lse = state.largest + state.denominator.log2()
     lse = torch.where(state.largest == -torch.inf, -torch.inf, lse)
-    return lse if sinks is None else torch.logaddexp(lse, sinks.to(lse).expand_as(lse))
+    return lse if sinks is None else torch.logaddexp2(lse, sinks.to(lse).expand_as(lse))
 
 
-def weight(state: SoftmaxState, lse: Tensor) -> Tensor:
-    """What turns the state's sums into sums weighted by alpha: exp(largest - lse), 0 for rows that see nothing."""
-    return torch.where(state.largest == -torch.inf, 0.0, (state.largest - lse).exp())
+def weight(largest: Tensor, lse: Tensor) -> Tensor:
+    """What turns sums relative to `largest` into sums weighted by alpha; 0 for rows that see nothing."""
+    return torch.where(largest == -torch.inf, 0.0, (largest - lse).exp2())

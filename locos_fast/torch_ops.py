@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from locos_fast.contributions import Contributions, Summary
-from locos_fast.softmax_state import SoftmaxState, merge, normaliser, weight
+from locos_fast.softmax_state import LN_2, LOG2_E, SoftmaxState, merge, normaliser, weight
 from locos_fast.torch_spans import SpanOutputs, SpanSums
 from locos_fast.visibility import KeyCounts, Visibility, count_keys, count_span_visible
 
 BLOCK = 2048  # keys per block: a block of scores (32 rows x 8 heads, float32) is 2 MB and stays in cache
 CHUNK = 64  # scores whose maximum is taken first, vectorised, when the position of the largest is looked for
+LOWEST = -1e30  # stands for the largest score of a row that sees nothing: (-inf) - (-inf) would be NaN
 MERGED_AT_ONCE = 17  # states of blocks
 
 
@@ -58,9 +59,10 @@ class Products:
 
     def __init__(self, rows: Tensor) -> None:
         """`rows` is any (B, Hkv, R, D) tensor of the products' dtype and device."""
-        self.like, kv_heads = rows, rows.shape[1]
+        batch, kv_heads = rows.shape[:2]
         at_once = min(kv_heads, torch.get_num_threads()) if rows.device.type == "cpu" else kv_heads
-        self.heads = [slice(head, min(head + at_once, kv_heads)) for head in range(0, kv_heads, at_once)]
+        heads = [slice(head, min(head + at_once, kv_heads)) for head in range(0, kv_heads, at_once)]
+        self.pieces = [(b, h) for b in range(batch) for h in heads]
         self.copies = rows.new_empty(0)
         self.results: dict[str, Tensor] = {}
 
@@ -70,14 +72,14 @@ class Products:
         shape = (*rows.shape[:3], end - start)
         result = self.results.get(name)
         if result is None or result.shape != shape:
-            result = self.results[name] = self.like.new_empty(shape)
-        for heads in self.heads:
-            torch.matmul(rows[:, heads], self._copy(x[:, heads, start:end]).mT, out=result[:, heads])
+            result = self.results[name] = rows.new_empty(shape)
+        for piece in self.pieces:
+            torch.bmm(rows[piece], self._copy(x[piece][:, start:end]).mT, out=result[piece])
         return result
 
     def _copy(self, block: Tensor) -> Tensor:
         if self.copies.numel() < block.numel():
-            self.copies = self.like.new_empty(block.numel())
+            self.copies = self.copies.new_empty(block.numel())
         return self.copies[: block.numel()].view(block.shape).copy_(block)
 
 
@@ -88,7 +90,7 @@ class Scorer:
         self.key, self.softcap, self.visibility = key, softcap, visibility
         self.layout = GroupedRows.of(query, key.shape[1])
         self.dtype = torch.promote_types(query.dtype, torch.float32)
-        self.query = self.layout.stack(query).to(self.dtype) * (scale if softcap is None else scale / softcap)
+        self.query = self.layout.stack(query).to(self.dtype) * (LOG2_E * scale if softcap is None else scale / softcap)
         self.products = Products(self.query)
         first, last = visibility.columns(query.shape[0])
         self.first, self.last = self.layout.per_row(first), self.layout.per_row(last)  # (B, 1, G*T)
@@ -101,20 +103,23 @@ class Scorer:
             yield start, min(start + BLOCK, self.range[1])
 
     def scores(self, start: int, end: int) -> Tensor:
-        """(B, Hkv, G*T, end - start) scores, -inf where a row does not see the column; valid until the next call."""
+        """(B, Hkv, G*T, end - start) in base 2, -inf where a row does not see the column; valid until the next call."""
         scores = self.products.of("scores", self.query, self.key, start, end)
         if self.softcap is not None:
-            scores = scores.tanh_().mul_(self.softcap)
-        hidden = self._hidden(start, end)
-        return scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)
+            scores = scores.tanh_().mul_(LOG2_E * self.softcap)
+        self._hide(scores, start, end)
+        return scores
 
-    def _hidden(self, start: int, end: int) -> Tensor | None:
+    def _hide(self, scores: Tensor, start: int, end: int) -> None:
+        """-inf where a row does not see the column; most blocks have no such column, most others a few at one end."""
         holes = self.visibility.key_mask
-        if holes is None and start >= self.everyone[0] and end <= self.everyone[1]:
-            return None
-        column = torch.arange(start, end, device=self.first.device)
-        hidden = (column < self.first[..., None]) | (column >= self.last[..., None])
-        return hidden if holes is None else hidden | ~holes[:, None, None, start:end]
+        if holes is not None:
+            scores.masked_fill_(~holes[:, None, None, start:end], -torch.inf)
+        for low, high in ((start, min(self.everyone[0], end)), (max(self.everyone[1], start), end)):
+            if low < high:
+                column = torch.arange(low, high, device=scores.device)
+                hidden = (column < self.first[..., None]) | (column >= self.last[..., None])
+                scores[..., low - start : high - start].masked_fill_(hidden, -torch.inf)
 
 
 def largest_score(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,20 +129,17 @@ def largest_score(scores: Tensor) -> tuple[Tensor, Tensor]:
         return scores.max(-1)
     chunks = scores.unflatten(-1, (columns // CHUNK, CHUNK))
     largest, chunk = chunks.amax(-1).max(-1)
-    winner = chunks.gather(-2, chunk[..., None, None].expand(*chunk.shape, 1, CHUNK))[..., 0, :]
-    return largest, winner.argmax(-1).add_(chunk, alpha=CHUNK)
+    first = torch.arange(largest.numel(), device=scores.device) * (columns // CHUNK)
+    winner = chunks.reshape(-1, CHUNK).index_select(0, first + chunk.flatten())  # six times as fast as gather
+    return largest, winner.argmax(-1).view_as(chunk).add_(chunk, alpha=CHUNK)
 
 
 def block_state(scores: Tensor, first_slot: int) -> tuple[SoftmaxState, Tensor]:
     """The state of one block, without payload, and its exponentials; overwrites `scores`."""
-    largest, argmax = largest_score(scores)
-    argmax += first_slot
-    reference = largest
-    empty = largest == -torch.inf
-    if bool(empty.any()):
-        reference, argmax = largest.masked_fill(empty, 0.0), argmax.masked_fill(empty, -1)
-    exponentials = scores.sub_(reference[..., None]).exp_()
-    return SoftmaxState(largest, argmax, exponentials.sum(-1), largest.new_empty((*largest.shape, 0))), exponentials
+    largest, position = largest_score(scores)
+    slots = torch.where(largest == -torch.inf, -1, position + first_slot)
+    exponentials = scores.sub_(largest.clamp(min=LOWEST)[..., None]).exp2_()
+    return SoftmaxState(largest, slots, exponentials.sum(-1), largest.new_empty((*largest.shape, 0))), exponentials
 
 
 class MergedStates:
@@ -182,18 +184,29 @@ def attention_contribution(
         span_sums.add(start, exponentials, phi, largest=block.largest)
         states.add(block._replace(sums=phi.sum(-1, keepdim=True)))
     state = states.merged()
-    lse = normaliser(state, None if sinks is None else layout.per_head(sinks))
-    to_alpha = weight(state, lse)
+    lse = normaliser(state, sinks_of(scorer, sinks))
+    to_alpha = weight(state.largest, lse)
     mass, span = span_sums.result(lse)
     return Contributions(
         span=layout.unstack(span),
         total=layout.unstack(state.sums[..., 0] * to_alpha),
         mass=layout.unstack(mass),
         total_mass=layout.unstack(state.denominator * to_alpha),
-        lse=layout.unstack(lse),
+        lse=layout.unstack(natural(lse, state, layout, sinks)),
         argmax=layout.unstack(state.argmax),
         **(counts or count_keys(visibility, spans, key.shape[0], key.shape[2]))._asdict(),
     )
+
+
+def sinks_of(scorer: Scorer, sinks: Tensor | None) -> Tensor | None:
+    """(1, Hkv, G*T) in base 2."""
+    return None if sinks is None else scorer.layout.per_head(sinks.to(scorer.dtype)) * LOG2_E
+
+
+def natural(lse: Tensor, state: SoftmaxState, layout: GroupedRows, sinks: Tensor | None) -> Tensor:
+    """A normaliser in the natural logarithm; of a row that sees nothing it is the sink itself."""
+    lse = lse * LN_2
+    return lse if sinks is None else torch.where(state.largest == -torch.inf, layout.per_head(sinks).to(lse), lse)
 
 
 def softmax_pass(scorer: Scorer, kv_offset: int, spans: SpanOutputs | None = None) -> SoftmaxState:
@@ -224,13 +237,13 @@ def attention_summary(
     layout = scorer.layout
     outputs = SpanOutputs(spans, visibility.kv_offset, scorer.query[..., 0], value)
     state = softmax_pass(scorer, visibility.kv_offset, outputs)
-    lse = normaliser(state, None if sinks is None else layout.per_head(sinks))
+    lse = normaliser(state, sinks_of(scorer, sinks))
     mass, span_output = outputs.result(lse)
     return Summary(
         span_output=layout.unstack(span_output),
         mass=layout.unstack(mass),
-        total_mass=layout.unstack(state.denominator * weight(state, lse)),
-        lse=layout.unstack(lse),
+        total_mass=layout.unstack(state.denominator * weight(state.largest, lse)),
+        lse=layout.unstack(natural(lse, state, layout, sinks)),
         argmax=layout.unstack(state.argmax),
         **(counts or count_keys(visibility, spans, key.shape[0], key.shape[2]))._asdict(),
     )
@@ -286,11 +299,11 @@ def position_contribution(
     """phi itself, (B, H, T, N): one pass for the normaliser, one to write."""
     scorer = Scorer(query, key, visibility, scale, softcap)
     layout = scorer.layout
-    lse = normaliser(softmax_pass(scorer, 0), None if sinks is None else layout.per_head(sinks))
+    lse = normaliser(softmax_pass(scorer, 0), sinks_of(scorer, sinks))
     lse = torch.where(lse == -torch.inf, 0.0, lse)
     direction = layout.stack(direction).to(scorer.dtype)
     phi = lse.new_zeros((*lse.shape, key.shape[2]))
     for start, end in scorer.blocks():
-        alpha = scorer.scores(start, end).sub_(lse[..., None]).exp_()
+        alpha = scorer.scores(start, end).sub_(lse[..., None]).exp2_()
         torch.mul(alpha, scorer.products.of("phi", direction, value, start, end), out=phi[..., start:end])
     return layout.unstack(phi)

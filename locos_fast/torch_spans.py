@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from locos_fast.softmax_state import weight
 from locos_fast.span_plan import SpanPlan
 
 SUMMED_AT_ONCE = 128  # columns per sum over spans: a matrix product adds one by one, and the rounding adds up
@@ -24,15 +25,15 @@ class RunningReference:
         reference = torch.maximum(self.reference, largest)
         finite = torch.where(reference == -torch.inf, 0.0, reference)  # (-inf) - (-inf) would be NaN
         if not torch.equal(reference, self.reference):
-            keep = (self.reference - finite).exp()
+            keep = (self.reference - finite).exp2()
             for each in sums:
                 each *= keep.view(*keep.shape, *(1,) * (each.ndim - keep.ndim))
             self.reference = reference
-        return (largest - finite).exp()
+        return (largest - finite).exp2()
 
     def to_alpha(self, lse: Tensor) -> Tensor:
         """What turns sums into sums weighted by alpha."""
-        return torch.where(self.reference == -torch.inf, 0.0, (self.reference - lse).exp())
+        return weight(self.reference, lse)
 
 
 class SpanSums:

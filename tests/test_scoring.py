@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 import locos_fast
 from locos_fast.architecture import attention_layers
-from locos_fast.head_scores import ARRAYS
+from locos_fast.head_scores import ARRAYS, HeadScores
 from locos_fast.scoring import LocosScorer, score_tokens
 from locos_fast.trials import Trial
 from tests import architecture_models
