@@ -10,30 +10,32 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError
 
 from locos_fast import __version__
+from locos_fast.cli_attribute import attribute
+from locos_fast.cli_input import load_model, read_text
+from locos_fast.cli_options import (
+    Attention,
+    Device,
+    DeviceMap,
+    Dtype,
+    Json,
+    Model,
+    Out,
+    Overwrite,
+    Revision,
+    Seed,
+    console,
+    errors,
+)
 from locos_fast.head_scores import ARRAYS
 from locos_fast.recording import RecordingError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-console = Console()
-errors = Console(stderr=True)
 
 BAD_INPUT = (ValueError, OSError, SafetensorError, RecordingError, MemoryError, torch.OutOfMemoryError)
-
-Out = Annotated[Path | None, typer.Option(help="Folder for the results.")]
-Overwrite = Annotated[bool, typer.Option(help="Replace scores that the folder already holds.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random.")]
-Model = Annotated[str, typer.Option(help="Model folder or hub id.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; a GPU if there is one.")]
-DeviceMap = Annotated[str | None, typer.Option(help='"auto" spreads the layers over all devices.')]
-Attention = Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2 ...; the model's default.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 def main() -> None:
@@ -129,11 +131,11 @@ def score(
     if out is not None:
         check_output(out, overwrite=overwrite)
     source = ModelSource(model, revision, dtype, device, device_map, attn_implementation)
-    text = read_context(context)
+    text = read_text(context, "context")
     source.torch_dtype(source.config())  # a wrong model or dtype is said before a wrong prompt
     tokenizer = source.tokenizer()
     trial = compose(tokenizer, context=text, needle=needle, question=question, answer=answer, depth=depth)
-    network, needed = _load(source, trial.length + len(trial.answer_ids))
+    network, needed = load_model(source, trial.length + len(trial.answer_ids), "context")
     ids = trial.input_ids.to(network.get_input_embeddings().weight.device)
     completeness = diagnose(network).completeness if norm == "none" else None  # frozen scores bring their own
     scores = score_tokens(network, ids, trial.needle_span, trial.answer_positions, norm=norm, verify=verify)
@@ -156,6 +158,9 @@ def score(
     _print_scores(scores, top, as_json)
 
 
+app.command()(attribute)
+
+
 @app.command()
 def doctor(
     model: Model,
@@ -171,7 +176,7 @@ def doctor(
     from locos_fast.loading import ModelSource
 
     source = ModelSource(model, revision, dtype, device, device_map, attn_implementation)
-    network, _ = _load(source, diagnosis.PROMPT_TOKENS)
+    network, _ = load_model(source, diagnosis.PROMPT_TOKENS, "model")
     result = diagnosis.diagnose(network)
     if as_json:
         print(json.dumps(result.as_dict(), indent=2, allow_nan=False))
@@ -179,24 +184,6 @@ def doctor(
     console.print(report.diagnosis_table(result))
     for line in report.diagnosis_summary(result):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _load(source: Any, tokens: int) -> tuple[Any, int]:
-    """The model, and the bytes that a forward over `tokens` tokens needs; refused if the machine lacks them."""
-    from transformers.utils.logging import disable_progress_bar
-
-    from locos_fast.memory_estimate import estimate, refuse_if_too_large
-
-    if not sys.stderr.isatty():
-        disable_progress_bar()  # in a log it is noise around the one line that matters
-    config = source.config()
-    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if positions is not None and tokens > positions:
-        raise ValueError(f"context: a prompt of {tokens} tokens is longer than the model's {positions} positions")
-    needed = estimate(config, tokens, source.torch_dtype(config), source.attn_implementation)
-    if source.device_map is None:  # with one, accelerate places what does not fit elsewhere
-        refuse_if_too_large(needed, source.torch_device())
-    return source.load(), needed.total
 
 
 def _judge(meta: dict[str, Any], dtype: Any, force: bool) -> None:
@@ -219,16 +206,6 @@ def _judge(meta: dict[str, Any], dtype: Any, force: bool) -> None:
 
 def _warn(sentence: str) -> None:
     errors.print(f"warning: {sentence}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-
-
-def read_context(path: Path) -> str:
-    """The text of a UTF-8 file. Raises ValueError in one line if it is not one."""
-    if not path.is_file():
-        raise ValueError(f"context: no file {str(path)!r}")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"context: {str(path)!r} is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
 def _print_scores(scores: Any, top: int, as_json: bool) -> None:

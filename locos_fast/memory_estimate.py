@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,14 +30,8 @@ class MemoryEstimate(NamedTuple):
 
 def estimate(config: Any, tokens: int, dtype: torch.dtype, attn_implementation: str | None) -> MemoryEstimate:
     """Estimate a forward over `tokens` tokens; `config` is the model's configuration."""
-    text = config.get_text_config(decoder=True)
-    layers = list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
-    itemsize, implementation = dtype.itemsize, attn_implementation or "sdpa"
-    return MemoryEstimate(
-        weights=_parameters(config) * itemsize,
-        activations=tokens * max(map(_layer_width, layers)) * itemsize,
-        attention=max(_attention_bytes(layer, tokens, itemsize, implementation) for layer in layers),
-    )
+    activations, attention = _above_weights(config, tokens, dtype, attn_implementation)
+    return MemoryEstimate(_parameters(config) * dtype.itemsize, activations, attention)
 
 
 def available(device: torch.device) -> int:
@@ -52,14 +47,38 @@ def available(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def refuse_if_too_large(needed: MemoryEstimate, device: torch.device) -> None:
-    """Raise ValueError, naming what is needed and what there is, if the estimate exceeds the free memory."""
-    free = available(device)
-    if needed.total > free:
-        raise ValueError(
-            f"memory: this run needs about {needed} and {device} has {free / GIB:.2f} GiB free; use a shorter context, "
-            "a smaller dtype, or an attention implementation that builds no score matrix"
-        )
+def refuse_if_too_large(
+    config: Any, tokens: int, dtype: torch.dtype, attn_implementation: str | None, device: torch.device
+) -> MemoryEstimate:
+    """The estimate of a forward over `tokens` tokens.
+
+    Raises ValueError if it exceeds the free memory, naming what is needed, what there is and how many tokens would fit.
+    """
+    needed, free = estimate(config, tokens, dtype, attn_implementation), available(device)
+    if needed.total <= free:
+        return needed
+    most = tokens_that_fit(config, tokens, dtype, attn_implementation, free - needed.weights)
+    fits = f"about {most} tokens would fit" if most else "not even the weights and one token fit"
+    raise ValueError(
+        f"memory: this run needs about {needed} and {device} has {free / GIB:.2f} GiB free; {fits}; use a shorter "
+        "context, a smaller dtype, or an attention implementation that builds no score matrix"
+    )
+
+
+def tokens_that_fit(config: Any, tokens: int, dtype: torch.dtype, attn_implementation: str | None, room: int) -> int:
+    """The most tokens, at most `tokens`, whose forward takes no more than `room` bytes above the weights; 0 if none."""
+    return bisect_right(
+        range(1, tokens + 1), room, key=lambda n: sum(_above_weights(config, n, dtype, attn_implementation))
+    )
+
+
+def _above_weights(config: Any, tokens: int, dtype: torch.dtype, attn_implementation: str | None) -> tuple[int, int]:
+    """Bytes of activations and of what attention builds; both grow with the tokens."""
+    text = config.get_text_config(decoder=True)
+    layers = list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
+    implementation = attn_implementation or "sdpa"
+    activations = tokens * max(map(_layer_width, layers)) * dtype.itemsize
+    return activations, max(_attention_bytes(layer, tokens, dtype.itemsize, implementation) for layer in layers)
 
 
 def _parameters(config: Any) -> int:

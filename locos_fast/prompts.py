@@ -5,11 +5,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from locos_fast.trials import Trial
 
 SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s)|\n+")
+
+
+class TokenisedText(NamedTuple):
+    """Token ids of a text, special tokens included, and which characters each token stands for.
+
+    offsets   half-open (start, end) characters; equal where a token has no characters, such as an added BOS
+    leading   number of special tokens at the beginning
+    """
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    leading: int
 
 
 def compose(
@@ -34,19 +46,50 @@ def compose(
     else:
         context, start = insert_needle(context, needle, depth)
     prompt = f"{context}\n\n{question}"
-    ids, span = _tokenise(tokenizer, prompt, start, start + len(needle))
-    answer_ids = _continuation(tokenizer, prompt, ids, answer)
+    tokens = tokenise(tokenizer, prompt)
+    answer_ids = continuation(tokenizer, prompt, tokens.ids, answer)
     return Trial(
-        prompt_ids=ids,
-        needle_span=span,
+        prompt_ids=tokens.ids,
+        needle_span=_span_of(tokens.offsets, start, start + len(needle)),
         answer_ids=answer_ids,
         question=question,
         needle=needle,
         answer=answer,
         depth=100 * start / len(context) if depth is None else depth,
-        length=len(ids),
-        id=f"score-{len(ids)}",
+        length=len(tokens.ids),
+        id=f"score-{len(tokens.ids)}",
     )
+
+
+def tokenise(tokenizer: Any, text: str) -> TokenisedText:
+    """Tokens of a text: special tokens as the tokenizer adds them, except an EOS at the end or a second BOS.
+
+    Raises ValueError for a tokenizer without character offsets.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"tokenizer: {type(tokenizer).__name__} has no character offsets; a fast tokenizer is needed")
+    encoded = _encode(tokenizer, text, return_offsets_mapping=True)
+    ids = _without_eos(tokenizer, encoded["input_ids"])
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    leading = next((i for i, token in enumerate(ids) if token not in special), len(ids))
+    return TokenisedText(ids, [(low, high) for low, high in encoded["offset_mapping"]][: len(ids)], leading)
+
+
+def continuation(tokenizer: Any, prompt: str, ids: list[int], answer: str) -> list[int]:
+    """Ids of the answer after the prompt, whose ids are given: those that follow them in the tokenisation of prompt and
+    answer together, or those of the answer alone where the prompt's ids are no prefix.
+
+    A space is put between the two unless one of them brings its own.
+    Raises ValueError for an answer without tokens.
+    """
+    space = "" if prompt[-1].isspace() or answer[0].isspace() else " "
+    together = _without_eos(tokenizer, _encode(tokenizer, prompt + space + answer)["input_ids"])
+    if len(together) > len(ids) and together[: len(ids)] == ids:
+        return together[len(ids) :]
+    alone = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    if not alone:
+        raise ValueError("answer: the tokenizer gives it no tokens")
+    return alone
 
 
 def insert_needle(context: str, needle: str, depth: float) -> tuple[str, int]:
@@ -80,30 +123,17 @@ def _only_occurrence(context: str, needle: str) -> int:
     return start
 
 
-def _tokenise(tokenizer: Any, prompt: str, start: int, end: int) -> tuple[list[int], tuple[int, int]]:
-    """Ids of the prompt, special tokens included, and the span of tokens that overlap characters start ... end."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"tokenizer: {type(tokenizer).__name__} has no character offsets; a fast tokenizer is needed")
-    encoded = tokenizer(
-        prompt, return_offsets_mapping=True, add_special_tokens=_wants_special_tokens(tokenizer, prompt)
-    )
-    inside = [i for i, (low, high) in enumerate(encoded["offset_mapping"]) if low < end and high > start and high > low]
+def _span_of(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
+    """The span of tokens that overlap characters start ... end."""
+    inside = [i for i, (low, high) in enumerate(offsets) if low < end and high > start and high > low]
     if not inside:
         raise ValueError("needle: the tokenizer gives it no tokens")
-    return _without_eos(tokenizer, encoded["input_ids"]), (inside[0], inside[-1] + 1)
+    return inside[0], inside[-1] + 1
 
 
-def _continuation(tokenizer: Any, prompt: str, ids: list[int], answer: str) -> list[int]:
-    space = "" if prompt[-1].isspace() or answer[0].isspace() else " "
-    special = _wants_special_tokens(tokenizer, prompt)
-    together = tokenizer(prompt + space + answer, add_special_tokens=special)["input_ids"]
-    together = _without_eos(tokenizer, together)
-    if len(together) > len(ids) and together[: len(ids)] == ids:
-        return together[len(ids) :]
-    alone = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
-    if not alone:
-        raise ValueError("answer: the tokenizer gives it no tokens")
-    return alone
+def _encode(tokenizer: Any, text: str, **options: Any) -> Any:
+    special = _wants_special_tokens(tokenizer, text)
+    return tokenizer(text, add_special_tokens=special, verbose=False, **options)  # not to log that a text is long
 
 
 def _wants_special_tokens(tokenizer: Any, prompt: str) -> bool:

@@ -197,6 +197,7 @@ def test_a_run_that_cannot_fit_is_refused_before_loading(capsys, monkeypatch, pl
     monkeypatch.setattr(memory_estimate, "available", lambda device: 1000)
     code, _, err = run(capsys, monkeypatch, arguments(planted))
     assert (code, "memory: this run needs about" in err) == (2, True)
+    assert "not even the weights and one token fit" in err
 
 
 def test_a_prompt_longer_than_the_model_can_take_is_refused(capsys, monkeypatch, planted, tmp_path):
