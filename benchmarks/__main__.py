@@ -1,139 +1,128 @@
-"""python -m benchmarks: check, time, measure memory and bandwidth, print one table, append to the results file."""
+"""python -m benchmarks: three suites. Each is checked, timed, printed, appended to its file of results and drawn.
+
+kernels: the functions of locos_fast.ops on one attention layer, beside the per-step pipeline.
+model:   what scoring adds to the forward pass of a whole model with random weights, in time and memory.
+trial:   one scored example, beside the public LOCOS code, which you bring: --public DIR.
+
+On a GPU, in calls that should take under ten minutes each (estimated, not yet timed):
+  --only kernels --geometry NAME    one for each geometry
+  --only model --context 4096 8192 32768, then --context 102400, then --context 131072
+  --only trial
+then --report --notes, which needs no GPU.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import sys
-import tempfile
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-import pytest
 import torch
-from rich.console import Console
-from rich.progress import track
 
-from benchmarks import bandwidth, correctness, machine, measurements, memory, notes
-from benchmarks.geometries import Case, Planned, plan
-from benchmarks.goals import judge
-from benchmarks.measurements import BANDWIDTH, MEMORY, TIME, WALL, Absent, Measurement
-from benchmarks.problem import Problem
-from benchmarks.providers import PROVIDERS
-from benchmarks.results_table import Results, remarks, results_table
+from benchmarks import kernels_suite, machine, model_suite, notes, plots, results_file, trial_suite
+from benchmarks.geometries import GEOMETRIES
+from benchmarks.measurements import Results
+from benchmarks.results_file import Origin
+from benchmarks.suite import Refused, Suite
+from benchmarks.terminal import console, table
 
 HERE = Path(__file__).resolve().parent
-console = Console(width=None if sys.stdout.isatty() else 180)
+SUITES = {suite.name: suite for suite in (kernels_suite.SUITE, model_suite.SUITE, trial_suite.SUITE)}
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     default = "cuda" if torch.cuda.is_available() else "cpu"
+    names = [geometry.name for geometry in GEOMETRIES]
+    public = os.environ.get("LOCOS_PUBLIC")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
-    parser.add_argument("--quick", action="store_true", help="one geometry, minutes")
-    parser.add_argument("--only", choices=("kernels",), default="kernels", help="which suite")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of kernels.csv")
-    parser.add_argument("--notes", action="store_true", help="also replace this device's table in benchmarks/NOTES.md")
+    parser.add_argument("--quick", action="store_true", help="few cases, minutes")
+    parser.add_argument("--only", nargs="+", choices=list(SUITES), default=list(SUITES), help="which suites")
+    parser.add_argument("--geometry", nargs="+", choices=names, metavar="NAME", help=f"kernels: {', '.join(names)}")
+    parser.add_argument("--context", nargs="+", type=int, metavar="N", help="only these lengths, of those planned")
+    parser.add_argument(
+        "--public",
+        type=Path,
+        metavar="DIR",
+        default=Path(public) if public else None,
+        help="a clone of github.com/aryopg/locos, for the trial suite; or LOCOS_PUBLIC in the environment",
+    )
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of SUITE.csv and SUITE-DEVICE.png")
+    parser.add_argument("--notes", action="store_true", help="also replace this device's tables in benchmarks/NOTES.md")
+    parser.add_argument("--report", action="store_true", help="measure nothing: show the newest results in --out")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 if every provider is correct and every goal met, else 1."""
     options = arguments(argv)
+    suites = [SUITES[name] for name in dict.fromkeys(options.only)]
+    if options.report:
+        return 0 if all([report(suite, options) for suite in suites]) else 1
     if options.device == "cuda" and not torch.cuda.is_available():
         console.print("--device cuda: no CUDA or ROCm device here")
         return 1
-    planned = plan(options.device, quick=options.quick)
     console.print(f"{machine.device_name(options.device)}; {machine.versions(options.device)}", highlight=False)
-    if not all_correct(options.device, planned):
-        console.print("[red]Nothing was timed: a provider does not compute the definition.[/red]")
-        return 1
-    results = time_kernels(options.device, planned, quick=options.quick)
-    if results is None:
-        console.print("[red]pytest failed: see above.[/red]")
-        return 1
-    rates = bandwidth.measure(options.device)
-    results = results._replace(measurements=[*results.measurements, *peak_memory(options.device, results)])
-    machine_rates = [
-        Measurement.of("memory.copy", BANDWIDTH, rates.copy),
-        Measurement.of("memory.read", BANDWIDTH, rates.read),
-    ]
-    file = measurements.append(options.out, [*results.measurements, *machine_rates], options.device)
-    console.print(results_table(results, rates.best_read, wall=options.device == "cuda"))
-    goals = judge(results)
-    conclusions = [*map(str, goals), rates.summary()]
-    for line in [*conclusions, *remarks(results), f"Appended to {file}"]:
-        console.print(line, highlight=False, markup=False)
+    return 0 if all([run(suite, options) for suite in suites]) else 1
+
+
+def run(suite: Suite, options: argparse.Namespace) -> bool:
+    """Measure, show, append and draw one suite; whether all is right and every goal met."""
+    console.rule(suite.name)
+    results, origin = Results([], []), Origin.here(options.device)
+    try:
+        for part in suite.measure(options):
+            file = results_file.append(options.out, suite.name, part, origin)  # at once: a run may be cut off
+            results.measurements.extend(part.measurements)
+            results.absent.extend(part.absent)
+    except Refused as error:
+        console.print(f"Nothing was timed: {error}.", style="red", highlight=False, markup=False)
+        return False
+    passed = show(suite, results, options.device)
+    console.print(f"Appended to {file}", highlight=False, markup=False)
+    publish(suite, options)
+    return passed
+
+
+def report(suite: Suite, options: argparse.Namespace) -> bool:
+    """Show and draw the newest results in the file, of one machine and commit; whether every goal is met."""
+    console.rule(suite.name)
+    found = results_file.latest(options.out, suite.name, options.device, suite.case_of)
+    if found is None:
+        console.print(f"no results of a {options.device} in {options.out / suite.name}.csv", highlight=False)
+        return False
+    results, origin = found
+    console.print(str(origin), highlight=False, markup=False)
+    passed = show(suite, results, options.device)
+    publish(suite, options)
+    return passed
+
+
+def show(suite: Suite, results: Results, device: str) -> bool:
+    """Print table, goals and remarks; whether every goal is met."""
+    console.print(table(suite.cells(results, device)))
+    goals = suite.goals(results, device)
+    for text in [*map(str, goals), *suite.remarks(results, device)]:
+        console.print(text, highlight=False, markup=False)
+    return all(goal.passed is not False for goal in goals)
+
+
+def publish(suite: Suite, options: argparse.Namespace) -> None:
+    """Plot, and put in the notes, what all calls on the newest machine and commit have found together."""
+    device = options.device
+    found = results_file.latest(options.out, suite.name, device, suite.case_of)
+    assert found is not None  # they were just written, or read
+    results, origin = found
+    panels = suite.panels(results, device)
+    picture = plots.draw(panels, f"{suite.name}: {origin}", options.out / f"{suite.name}-{device}.png")
+    console.print(f"Drawn in {picture}", highlight=False, markup=False)
     if options.notes:
-        notes.write(results, rates.best_read, conclusions, options.device)
-    return 0 if all(goal.passed for goal in goals) else 1
-
-
-def all_correct(device: str, planned: Sequence[Planned]) -> bool:
-    """Whether every provider agrees with float64 on small cases, in every dtype that is to be timed."""
-    checks = list(correctness.check_all(device, dict.fromkeys(case.dtype for case, _ in planned)))
-    for check in checks:
-        if not check.passed:
-            problem = check.error or f"{check.worst:.3g} times the allowed error"
-            console.print(f"FAIL  {check.provider}: {problem}, {check.case.label}", style="red", markup=False)
-    right = sum(check.passed for check in checks)
-    console.print(f"{right} of {len(checks)} correctness checks against float64 passed")
-    return right == len(checks)
-
-
-class Skips:
-    """A pytest plugin that collects what was skipped and why."""
-
-    def __init__(self) -> None:
-        self.found: list[dict[str, str]] = []
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call" and report.skipped:
-            self.found.append(dict(report.user_properties))
-
-
-def time_kernels(device: str, planned: Sequence[Planned], *, quick: bool) -> Results | None:
-    """Run bench_kernels.py; None if pytest fails."""
-    skips = Skips()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "benchmark.json"
-        flags = ["--benchmark-only", f"--benchmark-json={file}", "--benchmark-quiet", f"--device={device}"]
-        flags += ["--quick"] if quick else []
-        paths = [str(HERE / "bench_kernels.py"), f"--rootdir={HERE.parent}"]  # callable from any folder
-        if pytest.main([*paths, "-q", "--disable-warnings", "-rN", *flags], plugins=[skips]) != pytest.ExitCode.OK:
-            return None
-        entries = json.loads(file.read_text())["benchmarks"]
-    cases = {case.label: case for case, _ in planned}
-    timed = [measurement for entry in entries for measurement in times_of(entry, device, cases)]
-    return Results(timed, [Absent(skip["provider"], cases[skip["case"]], skip["reason"]) for skip in skips.found])
-
-
-def times_of(entry: dict, device: str, cases: dict[str, Case]) -> list[Measurement]:
-    """One entry of pytest-benchmark's file; `cases` by label."""
-    info, wall = entry["extra_info"], entry["stats"]["data"]
-    case, provider = cases[info["case"]], info["provider"]
-    if device == "cpu":
-        return [Measurement.of(provider, TIME, wall, case)]
-    return [
-        Measurement.of(provider, TIME, info["device_seconds"], case),
-        Measurement.of(provider, WALL, wall, case),
-    ]
-
-
-@torch.inference_mode()
-def peak_memory(device: str, results: Results) -> list[Measurement]:
-    """The peak extra memory of everything that was timed."""
-    found = []
-    for case in track(results.cases, "peak memory", console=console, transient=True):
-        problem = Problem(case, device)
-        for prepared in ("attn", "output", "row_mask"):  # inputs, which are not the provider's memory
-            getattr(problem, prepared)
-        for provider in PROVIDERS:
-            if results.median(provider.name, case, TIME) is not None:
-                peak = memory.peak_extra(partial(provider.run, problem), device)
-                found.append(Measurement.of(provider.name, MEMORY, [peak], case))
-    return found
+        lines = [*map(str, suite.goals(results, device)), *suite.remarks(results, device)]
+        notes.write(suite.name, device, str(origin), suite.cells(results, device), lines)
 
 
 if __name__ == "__main__":

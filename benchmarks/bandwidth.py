@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -18,15 +17,6 @@ ROUNDS = 7
 class Bandwidth(NamedTuple):
     copy: list[float]  # bytes read plus bytes written per second, one entry per round
     read: list[float]  # bytes read per second by a sum
-
-    @property
-    def best_read(self) -> float:
-        """The ceiling of a kernel that only reads: the better of the two medians."""
-        return max(median(self.copy), median(self.read))
-
-    def summary(self) -> str:
-        copy, read = median(self.copy) / 1e9, median(self.read) / 1e9
-        return f"memory of this machine in this run: copy {copy:.1f} GB/s, read {read:.1f} GB/s"
 
 
 def measure(device: str) -> Bandwidth:

@@ -20,7 +20,12 @@ from benchmarks.providers import PROVIDERS, Provider
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     config = metafunc.config
-    planned = plan(config.getoption("device"), quick=config.getoption("quick"))
+    planned = plan(
+        config.getoption("device"),
+        quick=config.getoption("quick"),
+        geometries=config.getoption("geometry"),
+        contexts=config.getoption("context"),
+    )
     pairs = [
         (case, provider) for case, ours_only in planned for provider in PROVIDERS if provider.ours or not ours_only
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -60,6 +61,17 @@ class Case(NamedTuple):
             "dtype": self.dtype_name,
         }
 
+    @classmethod
+    def from_config(cls, config: dict) -> Case:
+        """The case that `config` describes."""
+        geometry = Geometry(config["geometry"], *(config[name] for name in Geometry._fields[1:]))
+        return cls(geometry, config["n_keys"], config["rows"], getattr(torch, config["dtype"]))
+
+    @property
+    def rows_per_kv_head(self) -> int:
+        """Answer steps times query heads of one key/value head: what one program of a kernel works on."""
+        return self.rows * self.geometry.heads // self.geometry.kv_heads
+
     @property
     def first_row(self) -> int:
         """Slot of the first answer row; the rows are the last slots of the context."""
@@ -93,22 +105,32 @@ class Planned(NamedTuple):
 
 
 SHORT, LONG = 8192, 32_768  # tokens, on a CPU
-CONTEXTS = (4096, 8192, 32_768, 102_400, 524_288)  # tokens, on a GPU
+CONTEXTS = (4096, 8192, 32_768, 102_400, 262_144, 524_288)  # tokens, on a GPU
 ROWS = (1, 8, 32, 64)
 USUAL_ROWS, USUAL_CONTEXT = 8, 102_400
 
 
-def plan(device: str, *, quick: bool) -> list[Planned]:
-    """The cases of a run on "cpu" or "cuda"."""
-    if device == "cpu":
-        return _plan_cpu(quick)
+def plan(
+    device: str, *, quick: bool, geometries: Collection[str] | None = None, contexts: Collection[int] | None = None
+) -> list[Planned]:
+    """The cases of a run on "cpu" or "cuda"; only those of some geometries, by name, or context lengths, if given."""
+    planned = _plan_cpu(quick) if device == "cpu" else _plan_cuda(quick)
+    return [
+        Planned(case, ours_only)
+        for case, ours_only in planned
+        if (not geometries or case.geometry.name in geometries) and (not contexts or case.n_keys in contexts)
+    ]
+
+
+def _plan_cuda(quick: bool) -> list[Planned]:
+    """Every context at the usual rows and every number of rows at the usual context; of the rest, ours only."""
     if quick:
         return [Planned(Case(QWEN3_8B, n_keys, USUAL_ROWS, torch.bfloat16)) for n_keys in (8192, USUAL_CONTEXT)]
-    grid = [(n_keys, USUAL_ROWS) for n_keys in CONTEXTS] + [(USUAL_CONTEXT, rows) for rows in ROWS]
     return [
-        Planned(Case(geometry, n_keys, rows, torch.bfloat16))
+        Planned(Case(geometry, n_keys, rows, torch.bfloat16), ours_only=rows != USUAL_ROWS and n_keys != USUAL_CONTEXT)
         for geometry in GEOMETRIES
-        for n_keys, rows in dict.fromkeys(grid)
+        for n_keys in CONTEXTS
+        for rows in ROWS
     ]
 
 

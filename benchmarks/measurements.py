@@ -1,23 +1,27 @@
-"""Measured numbers and the tidy file they are appended to: one row per provider, case and metric."""
+"""Measured numbers: one per provider, case and metric, of any suite."""
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from benchmarks import machine
-from benchmarks.geometries import Case
-
 TIME, WALL, MEMORY, BANDWIDTH = "time", "wall_time", "peak_extra_memory", "bandwidth"
-UNITS = {TIME: "s", WALL: "s", MEMORY: "bytes", BANDWIDTH: "bytes/s"}
-COLUMNS = "provider metric unit p20 p50 p80 config device versions commit date".split()
-FILE_NAME = "kernels.csv"
+OVERHEAD, RATIO = "overhead", "ratio"
+UNITS = {TIME: "s", WALL: "s", MEMORY: "bytes", BANDWIDTH: "bytes/s", OVERHEAD: "fraction", RATIO: "times"}
+
+
+class Case(Protocol):
+    """What was run: equal cases are the same row of a table."""
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def config(self) -> dict[str, int | str | None]:
+        """The case as it is written to the results file."""
+        ...
 
 
 class Measurement(NamedTuple):
@@ -41,32 +45,43 @@ class Absent(NamedTuple):
     reason: str
 
 
-def append(folder: Path, measurements: Iterable[Measurement], device: str) -> Path:
-    """Append the measurements of one run to `folder`/kernels.csv; returns the file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / FILE_NAME
-    is_new = not file.exists()
-    same = {
-        "device": machine.device_name(device),
-        "versions": machine.versions(device),
-        "commit": machine.commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    with file.open("a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
-        if is_new:
-            writer.writeheader()
-        writer.writerows({**_row(measurement), **same} for measurement in measurements)
-    return file
+class Results(NamedTuple):
+    """Everything one run of a suite measured."""
 
+    measurements: list[Measurement]
+    absent: list[Absent]
 
-def _row(measurement: Measurement) -> dict[str, str]:
-    numbers = {name: f"{getattr(measurement, name):.6g}" for name in ("p20", "p50", "p80")}
-    config = {} if measurement.case is None else measurement.case.config
-    return {
-        "provider": measurement.provider,
-        "metric": measurement.metric,
-        "unit": UNITS[measurement.metric],
-        **numbers,
-        "config": json.dumps(config),
-    }
+    def find(self, provider: str, case: Case | None, metric: str) -> Measurement | None:
+        """None where it was not measured."""
+        for found in self.measurements:
+            if (found.provider, found.case, found.metric) == (provider, case, metric):
+                return found
+        return None
+
+    def median(self, provider: str, case: Case | None, metric: str) -> float | None:
+        found = self.find(provider, case, metric)
+        return None if found is None else found.p50
+
+    def ratio(self, over: str, under: str, case: Case, metric: str = TIME) -> float | None:
+        """Median of one provider over that of another; None unless both were measured."""
+        numerator, denominator = (self.median(name, case, metric) for name in (over, under))
+        return None if numerator is None or denominator is None else numerator / denominator
+
+    def reason_absent(self, provider: str, case: Case) -> str | None:
+        return next((a.reason for a in self.absent if (a.provider, a.case) == (provider, case)), None)
+
+    @property
+    def cases(self) -> list:
+        """Every case that was measured or found absent, in order."""
+        return list(dict.fromkeys(x.case for x in [*self.measurements, *self.absent] if x.case is not None))
+
+    @property
+    def reasons(self) -> list[str]:
+        """A line for each provider and reason, with the cases it concerns."""
+        cases: dict[tuple[str, str], list[str]] = {}
+        for absent in self.absent:
+            cases.setdefault((absent.provider, absent.reason), []).append(absent.case.label)
+        return [
+            f"absent: {provider}: {reason} ({'; '.join(labels) if len(labels) <= 3 else f'{len(labels)} cases'})"
+            for (provider, reason), labels in cases.items()
+        ]

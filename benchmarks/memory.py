@@ -13,15 +13,27 @@ import torch
 
 def peak_extra(run: Callable[[], object], device: str) -> int:
     """Bytes. `run` has been called before, so that nothing it keeps is counted."""
-    gc.collect()
+    before = start_peak(device)
     if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
         run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return end_peak(before)
     return peak_of(_cpu_allocations(run))
+
+
+def start_peak(device: str) -> int:
+    """Bytes allocated on a GPU before what is to be measured; see `end_peak`."""
+    gc.collect()
+    if device == "cpu":
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def end_peak(before: int) -> int:
+    """Peak bytes on the GPU since `start_peak`, beyond what it returned."""
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _cpu_allocations(run: Callable[[], object]) -> list[tuple[int, int]]:

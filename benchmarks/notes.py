@@ -1,47 +1,47 @@
-"""Puts the table of a run into NOTES.md, between the marks of its device."""
+"""Puts the table of a suite into NOTES.md, between the marks of its device."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import machine
-from benchmarks.results_table import LEFT_ALIGNED, Results, header, remarks, rows
+from benchmarks.suite import Cells
 
 NOTES = Path(__file__).resolve().parent / "NOTES.md"
+FIRST = "kernels"  # the suite whose marks name the device only
 
 
-def write(results: Results, read_bandwidth: float, conclusions: list[str], device: str, file: Path = NOTES) -> None:
-    """Replace what stands between `<!-- cpu -->` and `<!-- /cpu -->` (or cuda); raises ValueError without the marks."""
+def write(suite: str, device: str, heading: str, cells: Cells, lines: list[str], file: Path = NOTES) -> None:
+    """Replace what stands between `<!-- cpu model -->` and `<!-- /cpu model -->`; `<!-- cpu -->` for the kernels.
+
+    Raises ValueError without the marks.
+    """
     text = file.read_text(encoding="utf-8")
-    begin, end = f"<!-- {device} -->\n", f"<!-- /{device} -->"
+    name = device if suite == FIRST else f"{device} {suite}"
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     before, found, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
     if not (found and closed):
         raise ValueError(f"{file.name}: expected the marks {begin.strip()} and {end}")
-    section = _section(results, read_bandwidth, conclusions, device)
-    file.write_text(before + begin + section + end + after, encoding="utf-8")
+    file.write_text(before + begin + _section(heading, cells, lines) + end + after, encoding="utf-8")
 
 
-def _section(results: Results, read_bandwidth: float, conclusions: list[str], device: str) -> str:
-    wall = device == "cuda"
-    titles = header(wall=wall)
-    lines = [
-        f"{machine.device_name(device)}; {machine.versions(device)}; commit {machine.commit()}; "
-        f"{datetime.now(UTC).date()}.",
+def _section(heading: str, cells: Cells, lines: list[str]) -> str:
+    titles = cells.titles
+    parts = [
+        heading,
         "",
         _line(titles),
-        _line(["---" if title in LEFT_ALIGNED else "---:" for title in titles]),
-        *(
-            _line(cells + [""] * (len(titles) - len(cells)))
-            for group in rows(results, read_bandwidth, wall=wall)
-            for cells in group
-        ),
+        _line(["---" if title in cells.left_aligned else "---:" for title in titles]),
+        *(_line(row + [""] * (len(titles) - len(row))) for group in cells.groups for row in group),
         "",
-        *(f"- {line.replace('*', chr(92) + '*')}" for line in [*conclusions, *remarks(results)]),
+        *(f"- {_escaped(line)}" for line in lines),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(parts) + "\n"
 
 
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cell.replace('*', chr(92) + '*') for cell in cells)} |"
+def _line(row: list[str]) -> str:
+    return f"| {' | '.join(map(_escaped, row))} |"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("*", "\\*")

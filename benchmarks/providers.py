@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable
 from enum import Enum
 from functools import lru_cache
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -120,11 +121,29 @@ def by_flex(problem: Problem) -> Terms:
         enable_gqa=True,
         return_aux=AuxRequest(lse=True),
     )
+    return terms_from_lse(problem, output, aux.lse)
+
+
+def by_flash(problem: Problem) -> Terms:
+    """FlashAttention's kernel for head output and log-sum-exp, then as with flex_attention."""
+    window = problem.case.geometry.window
+    output, lse, _ = import_module("flash_attn").flash_attn_func(
+        *(x.transpose(1, 2) for x in (problem.query, problem.key, problem.value)),  # (1, T or N, heads, D)
+        softmax_scale=problem.scale,
+        causal=True,  # the last row sees the last key
+        window_size=(-1, -1) if window is None else (window - 1, 0),
+        return_attn_probs=True,  # which also returns the log-sum-exp
+    )
+    return terms_from_lse(problem, output.transpose(1, 2), lse)
+
+
+def terms_from_lse(problem: Problem, output: Tensor, lse: Tensor) -> Terms:
+    """The terms from head outputs (1, H, T, D) and log-sum-exps (1, H, T), with a second look at the needle's keys."""
     start, end = problem.case.needle
     scores = problem.stacked(problem.query).float() @ problem.key[:, :, start:end].float().mT * problem.scale
-    alpha = (scores - problem.stacked(aux.lse[..., None])).exp()
+    alpha = (scores - problem.stacked(lse[..., None])).exp()
     projected = problem.stacked(problem.direction) @ problem.value[:, :, start:end].float().mT
-    span = (alpha * projected).sum(-1).reshape(aux.lse.shape)
+    span = (alpha * projected).sum(-1).reshape(lse.shape)
     return terms(problem, span, (output * problem.direction).sum(-1))
 
 
@@ -164,6 +183,12 @@ def needs_triton(device: str) -> str | None:
 
 def needs_flex_lse(device: str) -> str | None:
     return "flex_attention gives no log-sum-exp on a CPU" if device == "cpu" else None
+
+
+def needs_flash(device: str) -> str | None:
+    if device == "cpu":
+        return "FlashAttention needs a GPU"
+    return None if importlib.util.find_spec("flash_attn") else "the package flash_attn is not installed"
 
 
 GIVEN_OUTPUT = "the head output is given: the model's own forward pass computes it"
@@ -206,6 +231,7 @@ PROVIDERS = (
         remark=GIVEN_OUTPUT,
     ),
     Provider("flex_attention", Task.QUERIES, by_flex, keys_and_values, needs_flex_lse),
+    Provider("flash_attention", Task.QUERIES, by_flash, keys_and_values, needs_flash),
     Provider("sdpa.total", Task.QUERIES, by_sdpa, keys_and_values, remark=TOTAL_ONLY),
     Provider("pipeline.weights", Task.WEIGHTS, by_pipeline_from_weights, weights_and_values),
     Provider(

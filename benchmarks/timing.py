@@ -15,7 +15,7 @@ import torch
 
 FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU
 FLUSHES = 8  # about half a millisecond, in which the host runs ahead
-BUDGET = 6.0  # seconds per provider and case
+BUDGET = {"cpu": 6.0, "cuda": 2.0}  # seconds per provider and case
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 30
 
 
@@ -39,9 +39,9 @@ def start_cold() -> None:
 def rounds_for(run: Callable[[], object], device: str) -> int:
     """How often to time `run`, from a call whose first-time costs, compilation for one, are paid or do not matter."""
     elapsed = _seconds(run, device)
-    if elapsed < BUDGET / FEWEST_ROUNDS or device == "cuda":
+    if elapsed < BUDGET[device] / FEWEST_ROUNDS or device == "cuda":
         elapsed = _seconds(run, device)
-    return min(MOST_ROUNDS, max(FEWEST_ROUNDS, int(BUDGET / elapsed)))
+    return min(MOST_ROUNDS, max(FEWEST_ROUNDS, int(BUDGET[device] / elapsed)))
 
 
 def _seconds(run: Callable[[], object], device: str) -> float:
