@@ -104,7 +104,7 @@ class Planned(NamedTuple):
     ours_only: bool = False
 
 
-SHORT, LONG = 8192, 32_768  # tokens, on a CPU
+SHORT, MIDDLE, LONG = 8192, 32_768, 65_536  # tokens, on a CPU
 CONTEXTS = (4096, 8192, 32_768, 102_400, 262_144, 524_288)  # tokens, on a GPU
 ROWS = (1, 8, 32, 64)
 USUAL_ROWS, USUAL_CONTEXT = 8, 102_400
@@ -139,10 +139,10 @@ def _plan_cpu(quick: bool) -> list[Planned]:
     planned = [
         Planned(Case(QWEN3_8B, n_keys, USUAL_ROWS, dtype), ours_only=n_keys == SHORT)
         for dtype in dtypes
-        for n_keys in (LONG, SHORT)
+        for n_keys in (LONG, MIDDLE, SHORT)
     ]
     if quick:
         return planned
-    others = [Case(geometry, LONG, USUAL_ROWS, dtype) for geometry in GEOMETRIES[1:] for dtype in dtypes]
-    longer = [Case(QWEN3_8B, 4 * LONG, USUAL_ROWS, dtype) for dtype in dtypes]
+    others = [Case(geometry, MIDDLE, USUAL_ROWS, dtype) for geometry in GEOMETRIES[1:] for dtype in dtypes]
+    longer = [Case(QWEN3_8B, 2 * LONG, USUAL_ROWS, dtype) for dtype in dtypes]
     return planned + [Planned(case) for case in others + longer]

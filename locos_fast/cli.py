@@ -115,12 +115,14 @@ def score(
     device_map: DeviceMap = None,
     attn_implementation: Attention = None,
     verify: Annotated[bool, typer.Option(help="Check the recording against the head outputs.")] = False,
+    timing: Annotated[bool, typer.Option(help="Also print seconds and peak memory.")] = False,
     force: Annotated[bool, typer.Option(help="Keep scores whose parts do not add up to the model's logit.")] = False,
     out: Out = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Score every head of a model on one prompt of your own."""
+    from locos_fast import report
     from locos_fast.diagnosis import diagnose
     from locos_fast.head_scores import check_output
     from locos_fast.loading import ModelSource
@@ -156,6 +158,8 @@ def score(
         scores.save_pretrained(out, overwrite=overwrite)
         _save_picture(scores, out / "heads.png")
     _print_scores(scores, top, as_json)
+    if timing and not as_json:  # JSON has it in any case
+        console.print(report.cost_line(scores.meta["cost"]), markup=False, highlight=False, soft_wrap=True)
 
 
 app.command()(attribute)

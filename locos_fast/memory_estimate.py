@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM
 
+from locos_fast.token_chunks import TOKENS_PER_CHUNK
+
 GIB = 2**30
 
 
@@ -77,7 +79,7 @@ def _above_weights(config: Any, tokens: int, dtype: torch.dtype, attn_implementa
     text = config.get_text_config(decoder=True)
     layers = list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
     implementation = attn_implementation or "sdpa"
-    activations = tokens * max(map(_layer_width, layers)) * dtype.itemsize
+    activations = max(_activations(layer, tokens) for layer in layers) * dtype.itemsize
     return activations, max(_attention_bytes(layer, tokens, dtype.itemsize, implementation) for layer in layers)
 
 
@@ -87,15 +89,15 @@ def _parameters(config: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _layer_width(layer: Any) -> int:
-    """Numbers that one layer holds for each token."""
+def _activations(layer: Any, tokens: int) -> int:
+    """Numbers that one layer holds at its widest moment; its MLP works on a chunk of the tokens at a time."""
     hidden = layer.hidden_size
     heads = getattr(layer, "num_attention_heads", None) or 1  # state-space models have none; loading refuses them
     head_dim = getattr(layer, "qk_head_dim", None) or getattr(layer, "head_dim", None) or hidden // heads
     kv_heads = getattr(layer, "num_key_value_heads", None) or heads
     intermediate = getattr(layer, "intermediate_size", None) or getattr(layer, "n_inner", None) or 4 * hidden
-    attention_block = 3 * hidden + 2 * (heads + kv_heads) * head_dim * 2
-    mlp_block = 3 * hidden + 3 * intermediate
+    attention_block = tokens * (3 * hidden + 2 * (heads + kv_heads) * head_dim * 2)
+    mlp_block = tokens * 3 * hidden + min(tokens, TOKENS_PER_CHUNK) * 3 * intermediate
     return max(attention_block, mlp_block)
 
 

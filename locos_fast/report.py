@@ -36,6 +36,16 @@ def scores_table(scores: HeadScores, k: int) -> Table:
     return table
 
 
+def cost_line(cost: Mapping[str, float | None]) -> str:
+    """What a pass cost, `meta["cost"]` of its scores."""
+    peak = cost["peak_memory_bytes"]
+    memory = "unknown" if peak is None else f"{peak / 2**30:.3g} GiB above what was in use before"
+    return (
+        f"forward {cost['forward_seconds']:.4g} s, scoring {cost['scoring_seconds']:.4g} s "
+        f"({cost['overhead']:.2%} of the forward), peak memory {memory}"
+    )
+
+
 def detector_table(result: DemoResult) -> Table:
     """Detector x question type: heads found against heads planted, and what was listed wrongly."""
     table = Table(title="Heads found (at least 10 % of the detector's largest score) against heads planted")

@@ -4,6 +4,7 @@ input."""
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,14 @@ def test_score_finds_the_planted_heads_in_json(capsys, monkeypatch, planted):
     saved = HeadScores.from_pretrained(folder / "scores")
     assert set(saved.found()) == set(model.heads["literal"])
     assert (folder / "scores" / "heads.png").stat().st_size > 1000
+
+
+def test_timing_prints_seconds_and_peak_memory(capsys, monkeypatch, planted):
+    code, out, _ = run(capsys, monkeypatch, [*arguments(planted), "--timing"])
+    assert code == 0
+    assert re.search(r"forward [\d.e-]+ s, scoring [\d.e-]+ s \([\d.]+% of the forward\), peak memory", out)
+    _, out, _ = run(capsys, monkeypatch, arguments(planted))
+    assert "peak memory" not in out
 
 
 def test_depth_inserts_the_needle(capsys, monkeypatch, planted):

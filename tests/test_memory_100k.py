@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from locos_fast import token_chunks as chunking
 from locos_fast.architecture import decoder
+from locos_fast.memory_estimate import estimate
 from locos_fast.token_chunks import TOKENS_PER_CHUNK, token_chunks
 from tests import tiny_models
 
@@ -137,3 +138,5 @@ def test_100k_tokens_of_an_8b_model_take_at_most_6_gib_above_the_weights(fake, m
         print(f"\n100,000 tokens, 8B: {whole / GIB:.2f} GiB above the weights, {chunked / GIB:.2f} GiB in token chunks")
     assert whole > GOAL  # or there would be nothing to do
     assert chunked <= GOAL, f"{chunked / GIB:.2f} GiB:\n{alive}"
+    estimated = estimate(model.config, TOKENS, torch.bfloat16, "sdpa").activations  # what runs are refused by
+    assert chunked <= estimated <= 1.2 * chunked
