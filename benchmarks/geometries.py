@@ -104,7 +104,7 @@ class Planned(NamedTuple):
     ours_only: bool = False
 
 
-SHORT, MIDDLE, LONG = 8192, 32_768, 65_536  # tokens, on a CPU
+SHORT, MIDDLE, LONG = 8192, 32_768, 102_400  # tokens, on a CPU
 CONTEXTS = (4096, 8192, 32_768, 102_400, 262_144, 524_288)  # tokens, on a GPU
 ROWS = (1, 8, 32, 64)
 USUAL_ROWS, USUAL_CONTEXT = 8, 102_400
@@ -144,5 +144,5 @@ def _plan_cpu(quick: bool) -> list[Planned]:
     if quick:
         return planned
     others = [Case(geometry, MIDDLE, USUAL_ROWS, dtype) for geometry in GEOMETRIES[1:] for dtype in dtypes]
-    longer = [Case(QWEN3_8B, 2 * LONG, USUAL_ROWS, dtype) for dtype in dtypes]
-    return planned + [Planned(case) for case in others + longer]
+    longer = [Case(QWEN3_8B, 2 * LONG, USUAL_ROWS, torch.bfloat16)]
+    return planned + [Planned(case) for case in others] + [Planned(case, ours_only=True) for case in longer]

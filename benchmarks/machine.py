@@ -42,9 +42,14 @@ def versions(device: str) -> str:
 
 
 def commit() -> str:
-    """Short hash of the checkout, "+" appended if it has changes; "unknown" outside a git repository."""
-    described = _git("describe", "--always", "--dirty=+", "--exclude=*")
-    return described or "unknown"
+    """Short hash of the checkout, "+" appended if its code differs; "unknown" outside a git repository.
+
+    Results and notes are written by the runs themselves and are no such difference.
+    """
+    head = _git("rev-parse", "--short", "HEAD")
+    written = (":(exclude)benchmarks/results", ":(exclude)benchmarks/NOTES.md")
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
+    return f"{head}{'+' if changes else ''}" if head else "unknown"
 
 
 def _git(*arguments: str) -> str:
