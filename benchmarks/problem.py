@@ -33,6 +33,7 @@ class Problem:
         self.visibility = Visibility.causal(positions, window=geometry.window)
         self.spans = [case.needle]
         self.scale = geometry.head_dim**-0.5
+        self.block_mask: object = None  # of flex_attention
 
     @property
     def group(self) -> int:

@@ -152,9 +152,14 @@ def compiled_flex() -> Callable:
     return torch.compile(flex_attention, dynamic=False)
 
 
-@lru_cache(maxsize=1)
 def block_mask(problem: Problem) -> object:
     """Built once per case: a model builds it once per forward pass, not per layer."""
+    if problem.block_mask is None:
+        problem.block_mask = _block_mask(problem)
+    return problem.block_mask
+
+
+def _block_mask(problem: Problem) -> object:
     first, last = problem.visibility.first, problem.visibility.last
 
     def sees(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:

@@ -41,9 +41,17 @@ def measure(runs: dict[str, Run], device: str, *, budget: float) -> Rounds:
         release(device)
     working = {name: run for name, run in runs.items() if name not in found.failed}
     for _ in range(min(MOST_ROUNDS, max(FEWEST_ROUNDS, int(budget / max(elapsed, 1e-9))))):
-        for name, run in working.items():
+        for name, run in list(working.items()):
             before = memory.start_peak(device)
-            seconds, wall = _timed(run, device)
+            try:
+                seconds, wall = _timed(run, device)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                found.failed[name] = "out of memory"
+                del working[name]
+                release(device)
+                continue
             found.time.setdefault(name, []).append(seconds)
             found.wall.setdefault(name, []).append(wall)
             if device == "cuda":  # costs nothing; on a CPU it takes a pass of its own

@@ -7,23 +7,33 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import tiles  # a namespace package: by way of locos_fast it would import torch
-from kernels.attention_contribution import attention_contribution_split
-from kernels.attention_summary import attention_summary_split, span_output
-from kernels.combine import combine_splits
-from kernels.ov_contribution import combine_sums, ov_contribution_split
-from kernels.spans import combine_spans
 
+def _shipped(module: str) -> Any:
+    """A module of the folder `kernels`, under a name that no other package has: Hugging Face has a package `kernels`,
+    and by way of `locos_fast` torch would be imported."""
+    package = "locos_fast_kernels"
+    if package not in sys.modules:
+        spec = ModuleSpec(package, None, is_package=True)
+        spec.submodule_search_locations = [str(Path(__file__).resolve().parents[1] / "kernels")]
+        sys.modules[package] = module_from_spec(spec)
+    return import_module(f"{package}.{module}")
+
+
+tiles = _shipped("tiles")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -33,16 +43,15 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 KERNELS = {
-    kernel.fn.__name__: kernel
-    for kernel in (
-        attention_contribution_split,
-        attention_summary_split,
-        span_output,
-        ov_contribution_split,
-        combine_splits,
-        combine_sums,
-        combine_spans,
-    )
+    name: getattr(_shipped(module), name)
+    for module, names in {
+        "attention_contribution": ("attention_contribution_split",),
+        "attention_summary": ("attention_summary_split", "span_output"),
+        "ov_contribution": ("ov_contribution_split", "combine_sums"),
+        "combine": ("combine_splits",),
+        "spans": ("combine_spans",),
+    }.items()
+    for name in names
 }
 # (element type, head_dim, value_dim): at least one per row of the table, with padded and unequal widths among them
 SHAPES = [

@@ -22,7 +22,7 @@ from locos_fast import ops
 from locos_fast.architecture import AttentionLayer, UnsupportedModelError, attention_layers, decoder
 from locos_fast.attention_registry import RecordingError, registry
 from locos_fast.contributions import Contributions, Summary
-from locos_fast.cost import Stopwatch
+from locos_fast.cost import Stopwatch, timed
 from locos_fast.mask_reading import Call, RowsSeen, read_visibility, select_rows
 from locos_fast.visibility import KeyCounts, count_keys
 
@@ -105,7 +105,7 @@ def attention_calls(
     Raises UnsupportedModelError for models that cannot be recorded, ValueError for rows and spans that do not fit, and
     RecordingError for nested recordings of one model.
     """
-    observer = AnswerRows(model, rows, spans, backend, receive, watch or Stopwatch())
+    observer = AnswerRows(model, rows, spans, backend, receive, watch)
     hooks = [
         observer.decoder.register_forward_pre_hook(observer.before_forward, with_kwargs=True),
         observer.decoder.register_forward_hook(observer.after_forward, always_call=True),
@@ -137,7 +137,7 @@ class AnswerRows:
         spans: ops.Spans,
         backend: str,
         receive: Callable[[RowsCall], None],
-        watch: Stopwatch,
+        watch: Stopwatch | None,
     ) -> None:
         self.layers = attention_layers(model)
         self.decoder = decoder(model)
@@ -172,22 +172,9 @@ class AnswerRows:
         kwargs: dict,
     ) -> None:
         """One attention call; see `attention_registry.Observer`."""
-        with self.watch.running(output.device):
-            self._observe(module, implementation, qkv, mask, output, kwargs)
-
-    def _observe(
-        self,
-        module: nn.Module,
-        implementation: str,
-        qkv: tuple[Tensor, Tensor, Tensor],
-        mask: Any,
-        output: Tensor,
-        kwargs: dict,
-    ) -> None:
         layer = self.layer_of[id(module)]
         _refuse_call(module, kwargs)
-        query, key, value = qkv
-        batch, _, n_queries, _ = query.shape
+        batch, _, n_queries, _ = qkv[0].shape
         if len(self.rows) not in (1, batch):
             raise ValueError(f"rows: expected (T,) or ({batch}, T) slots, got {tuple(self.rows.shape)}")
         # a layer may be given only the last tokens as queries (Gemma-4's layers that share keys and values)
@@ -195,12 +182,29 @@ class AnswerRows:
         local = self.rows - (end - n_queries)
         inside = (local >= 0) & (local < n_queries)  # (B or 1, T)
         steps = inside.any(0).nonzero()[:, 0]
-        if len(steps) == 0:
-            return
-        rows = local[:, steps].clamp(0, n_queries - 1)
+        if len(steps):
+            with timed(self.watch, output.device):
+                self._hand_over(layer, implementation, qkv, mask, output, kwargs, end, steps, inside[:, steps])
+
+    def _hand_over(
+        self,
+        layer: AttentionLayer,
+        implementation: str,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        mask: Any,
+        output: Tensor,
+        kwargs: dict,
+        end: int,
+        steps: Tensor,
+        inside: Tensor,
+    ) -> None:
+        """Cut the call, whose last query is slot `end` - 1, down to the answer rows `steps`."""
+        query, key, value = qkv
+        batch, _, n_queries, _ = query.shape
         n_keys = key.shape[2]
+        rows = (self.rows[:, steps] - (end - n_queries)).clamp(0, n_queries - 1)
         call = Call(rows, batch, n_queries, n_keys, max(end - n_keys, 0), query.device)
-        read = self._read(mask, call, module, implementation, kwargs)
+        read = self._read(mask, call, layer.module, implementation, kwargs)
         attention = {
             "scale": kwargs.get("scaling"),
             "softcap": kwargs.get("softcap"),
@@ -209,7 +213,6 @@ class AnswerRows:
         }
         chosen = select_rows(query.transpose(1, 2), rows).transpose(1, 2)  # (B, H, T, D)
         kept = select_rows(output.detach(), rows)
-        inside = inside[:, steps]
         self.receive(RowsCall(layer, steps, inside, chosen, key, value, kept, read.seen, read.counts, attention))
         if layer.number not in self.filled:
             self.filled[layer.number] = torch.zeros_like(self.rows, dtype=torch.bool)

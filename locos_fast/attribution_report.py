@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from rich.table import Table
 from rich.text import Text
 
+from locos_fast.head_scores import head_name
 from locos_fast.passage_attribution import Passage, PassageAttribution
-from locos_fast.report import head_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -70,6 +70,7 @@ def _attribution(source: Any, text: str, answer: str, rule: Any) -> Any:
     """Tokenise, cut, load, attribute: a `PassageAttribution`."""
     import torch
 
+    from locos_fast.memory_estimate import Segments
     from locos_fast.passage_attribution import Passage, PassageAttribution
     from locos_fast.prompts import continuation, tokenise
     from locos_fast.scoring import describe_model
@@ -83,7 +84,7 @@ def _attribution(source: Any, text: str, answer: str, rule: Any) -> Any:
     answer_ids = continuation(tokenizer, text, tokens.ids, answer)
     spans = cut(text, tokens.offsets, rule, leading=tokens.leading)
     prompt_length, length = len(tokens.ids), len(tokens.ids) + len(answer_ids)
-    network, needed = load_model(source, length, "prompt")
+    network, needed = load_model(source, length, "prompt", Segments(len(spans), len(answer_ids)))
     ids = torch.tensor([[*tokens.ids, *answer_ids]], device=network.get_input_embeddings().weight.device)
     positions = list(range(prompt_length, length))
     with errors.status(f"one forward pass over {length} tokens"):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from locos_fast.memory_estimate import Segments
 
 
 def read_text(path: Path, argument: str, *, newline: str | None = None) -> str:
@@ -20,10 +23,10 @@ def read_text(path: Path, argument: str, *, newline: str | None = None) -> str:
         ) from error
 
 
-def load_model(source: Any, tokens: int, argument: str) -> tuple[Any, int]:
+def load_model(source: Any, tokens: int, argument: str, summed: Segments | None = None) -> tuple[Any, int]:
     """The model, and the bytes that a forward over `tokens` tokens needs; refused if the machine lacks them.
 
-    `argument` is where the tokens come from, for the error message.
+    `argument` is where the tokens come from, for the error message; `summed` what an attribution sums.
     """
     from transformers.utils.logging import disable_progress_bar
 
@@ -37,7 +40,8 @@ def load_model(source: Any, tokens: int, argument: str) -> tuple[Any, int]:
         raise ValueError(f"{argument}: a prompt of {tokens} tokens is longer than the model's {positions} positions")
     dtype = source.torch_dtype(config)
     if source.device_map is None:  # with one, accelerate places what does not fit elsewhere
-        needed = refuse_if_too_large(config, tokens, dtype, source.attn_implementation, source.torch_device())
+        device = source.torch_device()
+        needed = refuse_if_too_large(config, tokens, dtype, source.attn_implementation, device, summed)
     else:
-        needed = estimate(config, tokens, dtype, source.attn_implementation)
+        needed = estimate(config, tokens, dtype, source.attn_implementation, summed)
     return source.load(), needed.total

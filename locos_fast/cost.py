@@ -50,6 +50,11 @@ class Stopwatch:
         return self._elapsed + sum(begin.elapsed_time(end) for begin, end in self._events) / 1e3
 
 
+def timed(watch: Stopwatch | None, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """`watch.running(device)`, or nothing if nobody watches."""
+    return contextlib.nullcontext() if watch is None else watch.running(device)
+
+
 class Cost(NamedTuple):
     """One pass that scores heads."""
 
@@ -93,7 +98,7 @@ class PeakMemory:
     """The most memory that was in use, above what was in use at the start, in bytes.
 
     CUDA: what PyTorch's allocator handed out, summed over `devices`. CPU: the resident size of the process, which Linux
-    alone lets one reset.
+    alone lets one reset. Either way the counters of the process start anew (`max_memory_allocated`, `VmHWM`).
     """
 
     def __init__(self, devices: set[torch.device]) -> None:

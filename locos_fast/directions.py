@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from locos_fast.architecture import UnsupportedModelError, unembedding
 
-PARTS = 3  # values in half precision that hold a float32 (float16: 33 bits of 24; bfloat16: 24)
+PARTS = 3  # half-precision values that hold a float32 to 2^-24 of the largest in its row
 BLOCK = 1024  # rows of a projection's weight that are held in float32 at a time
 
 
@@ -87,9 +87,9 @@ def head_directions(
     given = projected.view(output.shape).to(direction)
     contributions = (w * given).sum(-1)
     output = output.to(direction)
-    if not torch.equal(given, output):
-        w = w * torch.where(output == 0, 0.0, given / output)
-    return w, contributions
+    # no question to the device whether there is a gate at all: it would wait
+    gate = torch.where(given == output, 1.0, torch.where(output == 0, 0.0, given / output))
+    return w * gate, contributions
 
 
 @torch.no_grad()

@@ -24,6 +24,11 @@ Array = NDArray[np.float64]
 Head = tuple[int, int]  # (layer, head), both 0-based
 
 
+def head_name(head: Head) -> str:
+    """L12H7."""
+    return f"L{head[0]}H{head[1]}"
+
+
 @dataclasses.dataclass
 class HeadScores:
     """Scores of all heads, (layers, heads) float64 arrays; NaN where a layer has no softmax attention or sees no

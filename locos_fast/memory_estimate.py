@@ -20,20 +20,38 @@ class MemoryEstimate(NamedTuple):
     weights: int
     activations: int  # one layer's, and the residual stream
     attention: int  # score matrices and masks that the attention implementation builds
+    sums: int = 0  # of an attribution, over its segments
 
     @property
     def total(self) -> int:
-        return self.weights + self.activations + self.attention
+        return self.weights + self.activations + self.attention + self.sums
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self._asdict().items())
         return f"{self.total / GIB:.2f} GiB ({parts})"
 
 
-def estimate(config: Any, tokens: int, dtype: torch.dtype, attn_implementation: str | None) -> MemoryEstimate:
-    """Estimate a forward over `tokens` tokens; `config` is the model's configuration."""
+class Segments(NamedTuple):
+    """How much an attribution sums."""
+
+    segments: int
+    rows: int  # answer tokens
+
+    def bytes(self, config: Any) -> int:
+        """What one layer's sums take while they are added up and put in order, and those of all layers."""
+        text = config.get_text_config(decoder=True)
+        heads = getattr(text, "num_attention_heads", None) or 1
+        in_one_layer = 6 * heads * self.rows * self.segments  # sums of phi and alpha, their parts per tile, in order
+        return 4 * (in_one_layer + text.num_hidden_layers * heads * self.segments)
+
+
+def estimate(
+    config: Any, tokens: int, dtype: torch.dtype, attn_implementation: str | None, summed: Segments | None = None
+) -> MemoryEstimate:
+    """Estimate a forward over `tokens` tokens; `config` is the model's configuration. summed: of an attribution."""
     activations, attention = _above_weights(config, tokens, dtype, attn_implementation)
-    return MemoryEstimate(_parameters(config) * dtype.itemsize, activations, attention)
+    sums = 0 if summed is None else summed.bytes(config)
+    return MemoryEstimate(_parameters(config) * dtype.itemsize, activations, attention, sums)
 
 
 def available(device: torch.device) -> int:
@@ -50,16 +68,21 @@ def available(device: torch.device) -> int:
 
 
 def refuse_if_too_large(
-    config: Any, tokens: int, dtype: torch.dtype, attn_implementation: str | None, device: torch.device
+    config: Any,
+    tokens: int,
+    dtype: torch.dtype,
+    attn_implementation: str | None,
+    device: torch.device,
+    summed: Segments | None = None,
 ) -> MemoryEstimate:
     """The estimate of a forward over `tokens` tokens.
 
     Raises ValueError if it exceeds the free memory, naming what is needed, what there is and how many tokens would fit.
     """
-    needed, free = estimate(config, tokens, dtype, attn_implementation), available(device)
+    needed, free = estimate(config, tokens, dtype, attn_implementation, summed), available(device)
     if needed.total <= free:
         return needed
-    most = tokens_that_fit(config, tokens, dtype, attn_implementation, free - needed.weights)
+    most = tokens_that_fit(config, tokens, dtype, attn_implementation, free - needed.weights - needed.sums)
     fits = f"about {most} tokens would fit" if most else "not even the weights and one token fit"
     raise ValueError(
         f"memory: this run needs about {needed} and {device} has {free / GIB:.2f} GiB free; {fits}; use a shorter "

@@ -11,6 +11,8 @@ head dimensions. Backends:
     "torch"      blockwise PyTorch, any device; extra memory does not grow with N
     "reference"  the definition, naive; its memory grows with N
     "auto"       "triton" where the tensors are on a GPU and Triton is installed, else "torch"
+
+No function records gradients.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ Spans = Sequence[tuple[int, int]] | Tensor
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+@torch.no_grad()
 def ov_contribution(
     attn: Tensor,
     value: Tensor,
@@ -83,6 +86,7 @@ def ov_contribution(
     return cast(Contributions, implementation.ov_contribution(attn, value, direction, table, visible=visible))
 
 
+@torch.no_grad()
 def attention_contribution(
     query: Tensor,
     key: Tensor,
@@ -104,7 +108,7 @@ def attention_contribution(
     spans: slots, see `Spans`; keys that are not present or not visible count as zero.
     scale: factor on the scores, D ** -0.5 if None. softcap: scores become softcap * tanh(score / softcap).
     sinks: (H,) one more logit per head, in the softmax denominator only.
-    counts: `count_keys` of these spans and this visibility, where several calls share them; counted here if None.
+    counts: `visibility.count_keys` of these spans and this visibility, where calls share them; counted here if None.
 
     A row that sees nothing has sums 0, lse -inf (or its sink) and argmax -1.
     Raises ValueError for shapes, dtypes, devices, spans and backends that do not fit.
@@ -121,6 +125,7 @@ def attention_contribution(
     )
 
 
+@torch.no_grad()
 def attention_summary(
     query: Tensor,
     key: Tensor,
@@ -143,11 +148,13 @@ def attention_summary(
     checked = _check_attention(query, key, value, visibility, scale, softcap, sinks)
     implementation = _implementation(backend, query)
     table = _placed(span_table(spans, query.shape[0]), query, implementation)
+    _check_counts(counts, query, table)
     if implementation is reference:
         query, key, value = (x.to(reference.result_dtype(x)) for x in (query, key, value))
     return cast(Summary, implementation.attention_summary(query, key, value, table, counts=counts, **checked))
 
 
+@torch.no_grad()
 def position_contribution(
     query: Tensor,
     key: Tensor,
@@ -284,6 +291,14 @@ def _check_visibility(visibility: Visibility, batch: int, rows: int, key: Tensor
             f"{expected} bool",
             f"{_shape(holes)} {holes.dtype}",
         )
+
+
+def _check_counts(counts: KeyCounts | None, query: Tensor, table: Tensor) -> None:
+    if counts is not None:
+        batch, _, rows, _ = query.shape
+        expected = (batch, rows), (batch, rows, table.shape[1])
+        got = tuple(counts.visible.shape), tuple(counts.span_visible.shape)
+        _require(got == expected, "counts", f"shapes {expected}", str(got))
 
 
 def _check_dtype(name: str, tensor: Tensor) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from locos_fast.demo import CHANCE, DECOYS, DETECTORS, KINDS, DemoResult
-from locos_fast.head_scores import DETECTOR_NAMES, Head, HeadScores
+from locos_fast.head_scores import DETECTOR_NAMES, Head, HeadScores, head_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,11 +18,6 @@ if TYPE_CHECKING:
     from locos_fast.diagnosis import Diagnosis
 
 MARKS = {"planted": ("s", "black"), "read_only": ("o", "tab:orange"), "write_only": ("^", "tab:purple")}
-
-
-def head_name(head: Head) -> str:
-    """L12H7."""
-    return f"L{head[0]}H{head[1]}"
 
 
 def scores_table(scores: HeadScores, k: int) -> Table:

@@ -24,7 +24,7 @@ from locos_fast.architecture import (
     decoder_layers,
     unembedding,
 )
-from locos_fast.cost import Stopwatch
+from locos_fast.cost import Stopwatch, timed
 from locos_fast.norms import FrozenNorm, freeze
 
 SLACK = 4  # rounding errors of the model's dtype that a sum in the stream may differ by
@@ -72,7 +72,7 @@ def trace_projections(
 ) -> Iterator[StreamTrace]:
     """`trace`, but only of what goes into and comes out of the attention layers' output projections."""
     result = StreamTrace(model)
-    tracer = _Tracer(result, list(rows), watch or Stopwatch())
+    tracer = _Tracer(result, list(rows), watch)
     with contextlib.ExitStack() as hooks:
         for hook in tracer.projection_hooks(model):
             hooks.callback(hook.remove)
@@ -88,7 +88,7 @@ def trace(model: PreTrainedModel, rows: Sequence[int], watch: Stopwatch | None =
     them takes.
     """
     result = StreamTrace(model)
-    tracer = _Tracer(result, list(rows), watch or Stopwatch())
+    tracer = _Tracer(result, list(rows), watch)
     with contextlib.ExitStack() as hooks:
         for hook in tracer.hooks(model):
             hooks.callback(hook.remove)
@@ -98,7 +98,7 @@ def trace(model: PreTrainedModel, rows: Sequence[int], watch: Stopwatch | None =
 class _Tracer:
     """The hooks of one trace."""
 
-    def __init__(self, result: StreamTrace, rows: list[int], watch: Stopwatch) -> None:
+    def __init__(self, result: StreamTrace, rows: list[int], watch: Stopwatch | None) -> None:
         self.result, self.rows, self.watch = result, rows, watch
         self.children: dict[int, list[Passage]] = {}
 
@@ -120,7 +120,7 @@ class _Tracer:
 
     def _passage(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Passage | None:
         given = args[0] if args else next((x for x in kwargs.values() if isinstance(x, Tensor)), None)
-        with self.watch.running(given.device if isinstance(given, Tensor) else torch.device("cpu")):
+        with timed(self.watch, given.device if isinstance(given, Tensor) else torch.device("cpu")):
             inputs, outputs = take_rows(given, self.rows), take_rows(output, self.rows)
         return None if inputs is None or outputs is None else Passage(module, inputs, outputs)
 
@@ -161,10 +161,13 @@ def take_rows(x: Any, rows: list[int]) -> Tensor | None:
     flat = x.detach().reshape(-1, x.shape[-1])
     if len(flat) == len(rows):  # given these rows only, or there are no others: rows are sorted
         return flat.clone()
-    if len(flat) <= rows[-1]:  # given the last tokens only, of a pass that ends at the last row
-        skipped = rows[-1] + 1 - len(flat)
-        return flat[[row - skipped for row in rows]] if skipped <= rows[0] else None
-    return flat[rows]
+    skipped = max(0, rows[-1] + 1 - len(flat))  # given the last tokens only, of a pass that ends at the last row
+    first, last = rows[0] - skipped, rows[-1] + 1 - skipped
+    if first < 0:
+        return None
+    if last - first == len(rows):  # consecutive, the usual case: an index from the host would wait for the device
+        return flat[first:last].clone()
+    return flat[[row - skipped for row in rows]]
 
 
 class AttentionPath(NamedTuple):

@@ -4,8 +4,8 @@
 
 with phi[t, j, h] = alpha[t, j, h] * (w[t, h] . v[j, h // G]) (LOCOS, arXiv 2607.01002). Project, then sum: the
 directions w are known when a layer's attention runs, so its queries, keys and values turn straight into sums per
-segment, in one pass over keys and values however many segments there are. No attention row, head output or
-(segments x head_dim) block is formed.
+segment, in one pass over keys and values however many segments there are. Nothing is formed that is larger than (rows x
+segments): no attention row, no head output, no (segments x head_dim) block.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def on_device(spans: Tensor, device: torch.device) -> Tensor:
     return _copied(_flat(spans), spans.shape[0], device)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def _copied(flat: tuple[int, ...], batch_rows: int, device: torch.device) -> Tensor:
     return torch.tensor(flat, device=device).view(batch_rows, -1, 2)
 
@@ -61,7 +61,7 @@ def span_columns(spans: Tensor, kv_offset: int, batch: int, n_keys: int, device:
     return _span_columns(_flat(spans), spans.shape[0], kv_offset, batch, n_keys, device)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def _span_columns(
     flat: tuple[int, ...], batch_rows: int, kv_offset: int, batch: int, n_keys: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -69,7 +69,7 @@ def _span_columns(
     return columns[..., 0].contiguous().to(device), columns[..., 1].contiguous().to(device)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=8)
 def _span_plan(
     flat: tuple[int, ...], batch_rows: int, batch: int, n_keys: int, block_n: int, device: torch.device
 ) -> SpanPlan:

@@ -59,9 +59,9 @@ def token_chunks(model: PreTrainedModel, size: int | None = TOKENS_PER_CHUNK) ->
     stack = decoder(model)
     with contextlib.ExitStack() as put_back:
         put_back.callback(stack.register_forward_pre_hook(chunks.before_forward, with_kwargs=True).remove)
-        for name, module in stack.named_modules():
-            if name and _may_be_chunked(module):
-                put_back.enter_context(_forward_replaced(module, chunks.wrapped(name, module)))
+        found = [(name, module) for name, module in stack.named_modules() if name and _may_be_chunked(module)]
+        for name, module, code in [(name, module, _code(module)) for name, module in found]:
+            put_back.enter_context(_forward_replaced(module, chunks.wrapped(name, module, code)))
         yield chunks.names
 
 
@@ -80,10 +80,10 @@ class TokenCall(NamedTuple):
 
     @property
     def form(self) -> tuple:
-        """What calls have in common that differ in their numbers of tokens only."""
+        """What calls have in common that differ in their tokens only."""
         named = [*enumerate(self.args), *sorted(self.kwargs.items())]
-        kinds = (((x.dtype, x.ndim, x.device) if isinstance(x, Tensor) else type(x)) for _, x in named)
-        return (self.axis, *((name, kind) for (name, _), kind in zip(named, kinds, strict=True)))
+        kinds = (((x.dtype, x.ndim, x.device) if isinstance(x, Tensor) else (x,)) for _, x in named)
+        return (self.axis, *((name, *kind) for (name, _), kind in zip(named, kinds, strict=True)))
 
     def part(self, start: int, stop: int) -> TokenCall:
         """The same call on a run of tokens. Tensors without the token axis are given to every part."""
@@ -127,7 +127,7 @@ def run_in_chunks(forward: Callable[..., Any], call: TokenCall, size: int) -> An
     for start in range(0, call.length, size):
         part = call.part(start, min(start + size, call.length))
         returned = forward(*part.args, **part.kwargs)
-        several = isinstance(returned, tuple)
+        several = type(returned) is tuple  # any other kind of output is no tensor, and refused
         outputs = returned if several else (returned,)
         if start == 0:
             results = [None if output is None else _Result(output, part, call.length) for output in outputs]
@@ -178,7 +178,8 @@ class _Chunks:
         given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         self.tokens = next((x.shape[1] for x in given if isinstance(x, Tensor)), None)
 
-    def wrapped(self, name: str, module: nn.Module) -> Callable[..., Any]:
+    def wrapped(self, name: str, module: nn.Module, code: tuple) -> Callable[..., Any]:
+        """`code` is what a verdict on the module rests on."""
         forward = module.forward
 
         @functools.wraps(forward)
@@ -188,10 +189,10 @@ class _Chunks:
                 return forward(*args, **kwargs)
             self.inside = True
             try:
-                verdicts = _shown.setdefault(module, {})
-                if call.form not in verdicts:
-                    verdicts[call.form] = token_wise(module, forward, call)
-                if verdicts[call.form]:
+                verdicts, form = _shown.setdefault(module, {}), (*call.form, *code)
+                if form not in verdicts:
+                    verdicts[form] = token_wise(module, forward, call)
+                if verdicts[form]:
                     self.names.add(name)
                     assert self.tokens is not None  # there is a call
                     return run_in_chunks(forward, call, self.size * (call.length // self.tokens))
@@ -229,12 +230,19 @@ def _same_in_chunks(forward: Callable[..., Any], call: TokenCall) -> bool:
         outputs = zip(_several(whole), _several(parts), strict=True)
         untouched = torch.equal(given, call.hidden)  # what a module writes into its input could be lost in a chunk
         return untouched and all(_agree(a, b, given.dtype) for a, b in outputs)
+    except torch.OutOfMemoryError:
+        raise  # it says nothing about the module
     except Exception:  # whatever it is that the module does not take, it is not shown to be token-wise
         return False
 
 
 def _several(returned: Any) -> tuple:
-    return returned if isinstance(returned, tuple) else (returned,)
+    return returned if type(returned) is tuple else (returned,)
+
+
+def _code(module: nn.Module) -> tuple:
+    """What runs when the module is called: the classes inside it, and forwards that were put on instances."""
+    return tuple((type(inner), vars(inner).get("forward")) for inner in module.modules())
 
 
 def _agree(a: Tensor | None, b: Tensor | None, given: torch.dtype) -> bool:

@@ -63,24 +63,24 @@ class Products:
         at_once = min(kv_heads, torch.get_num_threads()) if rows.device.type == "cpu" else kv_heads
         heads = [slice(head, min(head + at_once, kv_heads)) for head in range(0, kv_heads, at_once)]
         self.pieces = [(b, h) for b in range(batch) for h in heads]
-        self.copies = rows.new_empty(0)
-        self.results: dict[str, Tensor] = {}
+        self.memory = rows.new_empty(0)  # of the copies
+        self.operands: dict[str, tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]] = {}
 
     def of(self, name: str, rows: Tensor, x: Tensor, start: int, end: int) -> Tensor:
         """rows (B, Hkv, R, D) times columns of x (B, Hkv, N, D): (B, Hkv, R, end - start), valid until the next product
-        of that name."""
-        shape = (*rows.shape[:3], end - start)
-        result = self.results.get(name)
-        if result is None or result.shape != shape:
-            result = self.results[name] = rows.new_empty(shape)
-        for piece in self.pieces:
-            torch.bmm(rows[piece], self._copy(x[piece][:, start:end]).mT, out=result[piece])
+        of that name. A name stands for one `rows` and one `x`."""
+        if name not in self.operands or self.operands[name][0].shape[-1] != end - start:
+            result = rows.new_empty((*rows.shape[:3], end - start))
+            self.operands[name] = result, [(rows[piece], x[piece], result[piece]) for piece in self.pieces]
+        result, pieces = self.operands[name]
+        for own_rows, source, into in pieces:
+            torch.bmm(own_rows, self._copy(source[:, start:end]).mT, out=into)
         return result
 
     def _copy(self, block: Tensor) -> Tensor:
-        if self.copies.numel() < block.numel():
-            self.copies = self.copies.new_empty(block.numel())
-        return self.copies[: block.numel()].view(block.shape).copy_(block)
+        if self.memory.numel() < block.numel():
+            self.memory = self.memory.new_empty(block.numel())
+        return self.memory[: block.numel()].view(block.shape).copy_(block)
 
 
 class Scorer:

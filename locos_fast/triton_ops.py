@@ -264,6 +264,61 @@ def attention_contribution(
     )
 
 
+def _span_outputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    columns: tuple[Tensor, Tensor],
+    attention: Attention,
+    rows: Rows,
+    kv_offset: int,
+    grid: Grid,
+) -> tuple[Tensor, Tensor]:
+    """mass (B, H, T, S) and output (B, H, T, S, Dv) of spans with (B, S) start and end columns."""
+    batch, heads, steps, head_dim = query.shape
+    kv_heads, n_keys, value_dim = value.shape[1:]
+    n_spans = columns[0].shape[1]
+    mass = torch.empty((batch, heads, steps, n_spans), dtype=torch.float32, device=query.device)
+    output = torch.empty((batch, heads, steps, n_spans, value_dim), dtype=torch.float32, device=query.device)
+    block_m = 16  # a (rows x head_dim) accumulator is only affordable for few rows
+    tile = tiles.select(grid.arch, query.element_size(), head_dim, value_dim)
+    lanes = tiles.output_lanes(value_dim, value.element_size())
+    span_output[n_spans * -(-value_dim // lanes), -(-(heads // kv_heads * steps) // block_m), batch * kv_heads](
+        query,
+        key,
+        value,
+        *attention.bounds,
+        *columns,
+        rows.largest,
+        rows.inverse,
+        mass,
+        output,
+        *_strides(query),
+        *_strides(key),
+        *_strides(value),
+        attention.hole_stride,
+        *attention.scalars,
+        n_keys,
+        steps,
+        kv_heads,
+        kv_offset,
+        n_spans,
+        grid.rows,
+        GROUP=heads // kv_heads,
+        HEAD_DIM=head_dim,
+        VALUE_DIM=value_dim,
+        HALVES=query.element_size() == 2,
+        BLOCK_M=block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_D=tiles.padded(head_dim),
+        LANES_D=tiles.lanes(head_dim, key.element_size()),
+        LANES_DV=lanes,
+        **attention.flags,
+        **tile.options(grid.arch, block_m, stages=1),
+    )
+    return mass, output
+
+
 def attention_summary(
     query: Tensor,
     key: Tensor,
@@ -279,20 +334,12 @@ def attention_summary(
     """`locos_fast.ops.attention_summary` by `kernels/attention_summary.py`."""
     query, key, value = map(_readable, (query, key, value))
     batch, heads, steps, head_dim = query.shape
-    kv_heads, n_keys, value_dim = value.shape[1:]
+    kv_heads, n_keys = key.shape[1:3]
     counts = counts or count_keys(visibility, on_device(spans, query.device), batch, n_keys)
-    n_spans = spans.shape[1]
     grid = Grid.of(query, key, key)
     attention = Attention.of(query, visibility, scale, softcap)
-    start, end = span_columns(spans, visibility.kv_offset, batch, n_keys, query.device)
     states = torch.empty((2, batch * kv_heads, grid.splits, grid.rows), dtype=torch.float32, device=query.device)
     column = torch.empty((batch * kv_heads, grid.splits, grid.rows), dtype=torch.int32, device=query.device)
-    shape = {
-        "GROUP": heads // kv_heads,
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": tiles.padded(head_dim),
-        "LANES_D": tiles.lanes(head_dim, key.element_size()),
-    }
     with _on(query.device):
         attention_summary_split[grid.row_blocks, batch * kv_heads, grid.splits](
             query,
@@ -311,7 +358,10 @@ def attention_summary(
             SPLIT=tiles.SPLIT,
             BLOCK_M=grid.block_m,
             BLOCK_N=grid.tile.block_n,
-            **shape,
+            GROUP=heads // kv_heads,
+            HEAD_DIM=head_dim,
+            BLOCK_D=tiles.padded(head_dim),
+            LANES_D=tiles.lanes(head_dim, key.element_size()),
             **attention.flags,
             **grid.tile.options(grid.arch, grid.block_m),
         )
@@ -324,42 +374,8 @@ def attention_summary(
             grid,
             with_total=False,
         )
-        mass = torch.empty((batch, heads, steps, n_spans), dtype=torch.float32, device=query.device)
-        output = torch.empty((batch, heads, steps, n_spans, value_dim), dtype=torch.float32, device=query.device)
-        block_m = 16  # a (rows x head_dim) accumulator is only affordable for few rows
-        tile = tiles.select(grid.arch, query.element_size(), head_dim, value_dim)
-        lanes = tiles.output_lanes(value_dim, value.element_size())
-        span_output[n_spans * -(-value_dim // lanes), -(-(heads // kv_heads * steps) // block_m), batch * kv_heads](
-            query,
-            key,
-            value,
-            *attention.bounds,
-            start,
-            end,
-            rows.largest,
-            rows.inverse,
-            mass,
-            output,
-            *_strides(query),
-            *_strides(key),
-            *_strides(value),
-            attention.hole_stride,
-            *attention.scalars,
-            n_keys,
-            steps,
-            kv_heads,
-            visibility.kv_offset,
-            n_spans,
-            grid.rows,
-            VALUE_DIM=value_dim,
-            HALVES=query.element_size() == 2,
-            BLOCK_M=block_m,
-            BLOCK_N=tile.block_n,
-            LANES_DV=lanes,
-            **shape,
-            **attention.flags,
-            **tile.options(grid.arch, block_m, stages=1),
-        )
+        columns = span_columns(spans, visibility.kv_offset, batch, n_keys, query.device)
+        mass, output = _span_outputs(query, key, value, columns, attention, rows, visibility.kv_offset, grid)
     return Summary(
         span_output=output,
         mass=mass,

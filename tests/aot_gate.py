@@ -14,10 +14,9 @@ from pathlib import Path
 
 import triton
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `benchmarks` and `kernels`
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `benchmarks`
 
-from benchmarks.variants import TARGETS, Measured, measure_all, reads_tiles, variants
-from kernels import tiles
+from benchmarks.variants import TARGETS, Measured, measure_all, reads_tiles, tiles, variants
 
 
 def failures(measured: Measured) -> list[str]:

@@ -1,10 +1,22 @@
 """What the benchmarks promise: they time nothing that is wrong, and record everything they time. No timings here."""
 
+import subprocess
+
 import pytest
 import torch
 
 from benchmarks import __main__ as benchmarks_main
-from benchmarks import correctness, geometries, kernels_goals, kernels_suite, memory, pipeline, providers, results_table
+from benchmarks import (
+    correctness,
+    geometries,
+    kernels_goals,
+    kernels_suite,
+    machine,
+    memory,
+    pipeline,
+    providers,
+    results_table,
+)
 from benchmarks.geometries import LONG, QWEN3_8B, SHORT, Case
 from benchmarks.measurements import BANDWIDTH, MEMORY, TIME, Measurement, Results
 from benchmarks.problem import Problem
@@ -225,3 +237,22 @@ def test_terms_from_log_sum_exp_are_those_of_the_definition():
     found = providers.terms_from_lse(problem, problem.output, lse)
     for term, exact in zip(found, correctness.naive_terms(problem, torch.float64), strict=True):
         torch.testing.assert_close(term.double(), exact, atol=1e-5, rtol=0)  # float32 sums of order 1
+
+
+def test_results_and_notes_are_no_change_of_the_code(tmp_path, monkeypatch):
+    """Or the second of two runs would count as another commit, and a report would lose the first."""
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    files = {"code.py": "1", "benchmarks/NOTES.md": "1", "benchmarks/results/kernels.csv": "1"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    author = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for arguments in (("init", "-q"), ("add", "."), (*author, "commit", "-qm", "all")):
+        subprocess.run(["git", "-C", tmp_path, *arguments], check=True)
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    clean = machine.commit()
+    assert len(clean) >= 7 and "+" not in clean
+    (tmp_path / "benchmarks" / "NOTES.md").write_text("2")
+    (tmp_path / "benchmarks" / "results" / "kernels.csv").write_text("2")
+    assert machine.commit() == clean
+    (tmp_path / "code.py").write_text("2")
+    assert machine.commit() == f"{clean}+"

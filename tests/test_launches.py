@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from locos_fast import ops
 from locos_fast.architecture import attention_layers
-from locos_fast.attention_calls import AnswerRows, RowsCall
-from locos_fast.cost import Stopwatch
+from locos_fast.attention_calls import AnswerRows
+from locos_fast.recording import _Kept
+from locos_fast.residual_stream import take_rows
+from locos_fast.segment_attribution import _SegmentSums
 from locos_fast.visibility import Visibility, count_keys
 from tests.tiny_models import build
 
@@ -141,33 +144,63 @@ def test_given_weights_are_one_pass_however_many_spans(launched: list[str], inpu
     assert [name for name in launched if name in KERNELS] == ["ov_contribution_split", "combine_sums", "combine_spans"]
 
 
-def test_recording_adds_four_launches_to_a_layer_and_no_wait(launched: list[str], inputs: Inputs) -> None:
-    """Three kernels and the copy of the head outputs at the answer rows; masks are read once for all layers."""
-    model = build("llama", "sdpa")
-    spans = torch.tensor([[(100, 132)]])
-    kept = []
-
-    def receive(call: RowsCall) -> None:
-        kept.append(call.output.clone())
-        kept.append(
-            triton_ops.attention_summary(
-                call.query,
-                call.key,
-                call.value,
-                spans,
-                call.seen[0].visibility,
-                scale=0.1,
-                counts=call.counts[0],
-            )
-        )
-
-    rows = list(range(KEYS - ROWS, KEYS))
-    observer = AnswerRows(model, rows, spans, "triton", receive, Stopwatch())
-    observer.tokens = KEYS
+@pytest.fixture
+def scored_layers(launched: list[str], inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> Scored:
+    """Attention calls and what goes into the output projection, of a prefill on the meta device."""
+    monkeypatch.setattr(ops, "_implementation", lambda backend, tensor: triton_ops)
+    model = build("llama", "sdpa", num_attention_heads=KV_HEADS * GROUP, num_key_value_heads=KV_HEADS, head_dim=DIM)
     query = torch.empty((BATCH, KV_HEADS * GROUP, KEYS, DIM), dtype=torch.bfloat16, device="meta")
-    output = query.transpose(1, 2)
+    return Scored(model, list(range(KEYS - ROWS, KEYS)), (query, inputs.key, inputs.value), query.transpose(1, 2))
+
+
+class Scored(NamedTuple):
+    model: Any
+    rows: list[int]
+    qkv: tuple[Tensor, Tensor, Tensor]
+    output: Tensor
+
+
+def test_recording_adds_four_launches_to_a_layer_and_no_wait(launched: list[str], scored_layers: Scored) -> None:
+    """Three kernels and the copy of the head outputs at the answer rows; masks are read once for all layers."""
+    model, rows, qkv, output = scored_layers
+    spans = torch.tensor([[(100, 132)]])
+    kept = _Kept(ROWS, spans, verify=False)
+    observer = AnswerRows(model, rows, spans, "triton", kept.receive, None)
+    observer.tokens = KEYS
     for layer in attention_layers(model):
         launched.clear()
         with Operators(launched):
-            observer.observe(layer.module, "sdpa", (query, inputs.key, inputs.value), None, output, {"scaling": 0.1})
+            observer.observe(layer.module, "sdpa", qkv, None, output, {"scaling": 0.1})
     assert launched == ["clone", "attention_summary_split", "combine_splits", "span_output"]
+    assert kept.recording[2].span_output.shape == (BATCH, KV_HEADS * GROUP, ROWS, 1, DIM)
+
+
+def test_following_what_is_projected_is_one_copy_and_no_wait(launched: list[str], scored_layers: Scored) -> None:
+    projected = scored_layers.output.flatten(2)
+    with Operators(launched):
+        taken = take_rows(projected, scored_layers.rows)
+    assert taken.shape == (ROWS, KV_HEADS * GROUP * DIM)
+    assert launched == ["clone"]
+
+
+def test_attributing_a_layer_never_waits(launched: list[str], scored_layers: Scored) -> None:
+    """Once plans are kept; what it launches beside the kernels is small: (rows x width) tensors."""
+    model, rows, qkv, output = scored_layers
+    table = spans_of(1000)
+    sums = _SegmentSums(table, rows)
+    sums.direction = torch.empty((ROWS, model.config.hidden_size), device="meta")
+    observer = AnswerRows(model, rows, table, "triton", sums.receive, None)
+    observer.tokens = KEYS
+    for layer in attention_layers(model):
+        layer.projection.to("meta")
+        launched.clear()
+        with Operators(launched):
+            observer.observe(layer.module, "sdpa", qkv, None, output, {"scaling": 0.1})
+            sums._project(layer.projection, (output.flatten(2),), {})
+    assert [name for name in launched if name in KERNELS] == [
+        "attention_contribution_split",
+        "combine_splits",
+        "combine_spans",
+    ]
+    assert len(launched) <= 24
+    assert sums.layers[2].shape == (KV_HEADS * GROUP, 1000)

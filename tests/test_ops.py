@@ -363,6 +363,18 @@ def test_auto_is_torch_on_a_cpu():
     assert torch.equal(problem.positions("auto"), problem.positions("torch"))
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_inputs_that_record_gradients_are_taken_as_numbers(backend):
+    problem = random_problem(keys=40)
+    expected = problem.contributions(backend)
+    with_gradient = problem._replace(
+        query=problem.query.clone().requires_grad_(), direction=problem.direction.clone().requires_grad_()
+    )
+    for ours, theirs in zip(with_gradient.contributions(backend), expected, strict=True):
+        assert torch.equal(ours, theirs) and not ours.requires_grad
+    assert not with_gradient.summary(backend).mass.requires_grad
+
+
 # memory --------------------------------------------------------------------------------------------------------------
 
 

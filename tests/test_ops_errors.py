@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from locos_fast import ops
+from locos_fast.visibility import count_keys
 from tests.attention_problem import Problem, random_problem, random_weights_problem
 
 BATCH, HEADS, KV_HEADS, ROWS, KEYS, HEAD_DIM, VALUE_DIM = 2, 6, 2, 4, 21, 16, 24
@@ -178,3 +179,12 @@ def test_ov_contribution_refuses(wrong):
 def test_the_message_says_what_was_expected_and_what_came():
     with pytest.raises(ValueError, match=r"^value: expected shape \(2, 2, 21, \*\), got \(2, 2, 20, 24\)$"):
         problem(value=problem().value[:, :, 1:]).contributions("auto")
+
+
+def test_counts_of_other_spans_are_refused():
+    problem = random_problem(batch=2, rows=3, keys=20, spans=[(0, 5)])
+    counts = count_keys(problem.visibility, torch.tensor([[(0, 5), (5, 9)]]), 1, 20)
+    with pytest.raises(ValueError, match=r"counts: expected shapes \(\(2, 3\), \(2, 3, 1\)\), got"):
+        ops.attention_summary(
+            problem.query, problem.key, problem.value, [(0, 5)], problem.visibility, counts=counts, backend="torch"
+        )

@@ -181,8 +181,7 @@ def test_answer_positions_that_fit_nothing_are_refused(answer: list[int]) -> Non
         attribute_tokens(build("llama"), tokens(1, LENGTH), answer, partition(4))
 
 
-def test_no_block_of_head_outputs_or_attention_rows_is_formed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sums come from queries, keys and values in one call per layer, whatever the number of segments."""
+def test_a_layer_takes_one_call_whatever_the_number_of_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = build("llama"), tokens(1, LENGTH)
     calls = []
     contribution = segment_attribution.RowsCall.contribution

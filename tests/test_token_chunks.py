@@ -356,3 +356,48 @@ class TestHooks:
         assert seen == [(2, TOKENS, 40)]
         assert "layers.0.mlp" not in names
         assert "layers.1.mlp" in names
+
+
+# what a verdict rests on ---------------------------------------------------------------------------------------------
+
+
+def chunked_error(model, ids):
+    """How far the logits in chunks are from the whole, and what was chunked."""
+    with torch.inference_mode():
+        whole = model(ids, use_cache=False).logits
+        with token_chunks(model, 5) as names:
+            chunked = model(ids, use_cache=False).logits
+    return float((whole - chunked).abs().max() / whole.abs().max()), names
+
+
+def test_a_forward_that_was_replaced_is_shown_anew():
+    """After a pass in chunks an MLP is given a forward that mixes tokens."""
+    model, ids = tiny_models.build("llama"), tiny_models.tokens(1, 23)
+    _, names = chunked_error(model, ids)
+    mlp = decoder_layers(model)[1].mlp
+    assert "layers.1.mlp" in names
+    plain = mlp.forward
+    mlp.forward = lambda x: plain(x - x.mean(1, keepdim=True))
+    error, names = chunked_error(model, ids)
+    assert error < 1e-5
+    assert "layers.1.mlp" not in names and "layers.0.mlp" in names
+
+
+def test_running_out_of_memory_is_no_verdict(monkeypatch):
+    model, ids = tiny_models.build("llama"), tiny_models.tokens(1, 23)
+    mlp = decoder_layers(model)[1].mlp
+    plain = type(mlp).forward
+
+    def fails(self, x):
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(type(mlp), "forward", fails)
+        run_chunked(model, ids)
+    assert type(mlp).forward is plain
+    assert "layers.1.mlp" in chunked_error(model, ids)[1]
+
+
+def run_chunked(model, ids):
+    with torch.inference_mode(), token_chunks(model, 5):
+        model(ids, use_cache=False)
