@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from functools import lru_cache
 
 import pytest
@@ -15,7 +17,7 @@ import torch
 from benchmarks import timing
 from benchmarks.geometries import Case, plan
 from benchmarks.problem import Problem
-from benchmarks.providers import PROVIDERS, Provider
+from benchmarks.providers import BASELINES, PROVIDERS, Provider
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -45,6 +47,34 @@ def skip(item: pytest.Item, case: Case, provider: Provider, reason: str) -> None
     pytest.skip(reason)
 
 
+class Turns:
+    """Times of `others` before and after every round of their baseline, on a CPU.
+
+    A round of the pipeline takes seconds, in which a machine that others use too grows faster or slower; the ratio of
+    what was timed next to each other depends on that the least.
+    """
+
+    CALLS = 5
+
+    def __init__(self, others: Sequence[Provider], problem: Problem) -> None:
+        self.others, self.problem = others, problem
+        self.seconds: dict[str, list[float]] = {provider.name: [] for provider in others}
+
+    def take(self) -> None:
+        """One turn of each: the median of a few calls."""
+        for provider in self.others:
+            calls = [timing.seconds(lambda run=provider.run: run(self.problem), "cpu") for _ in range(self.CALLS)]
+            self.seconds[provider.name].append(statistics.median(calls))
+
+    def ratios(self, baseline: Sequence[float]) -> dict[str, list[float]]:
+        """Seconds of each round of the baseline over the mean of the turns before and after it."""
+        found = {}
+        for name, seconds in self.seconds.items():
+            around = zip(baseline, seconds, seconds[1:], strict=True)
+            found[name] = [whole / ((before + after) / 2) for whole, before, after in around]
+        return found
+
+
 @torch.inference_mode()
 def test_kernel(benchmark, request: pytest.FixtureRequest, case: Case, provider: Provider) -> None:
     device = request.config.getoption("device")
@@ -65,4 +95,10 @@ def test_kernel(benchmark, request: pytest.FixtureRequest, case: Case, provider:
     benchmark.extra_info.update(provider=provider.name, case=case.label)
     if device == "cuda":
         benchmark.extra_info["device_seconds"] = timing.device_seconds(lambda: provider.run(problem), rounds)
-    benchmark.pedantic(run, setup=timing.start_cold if device == "cuda" else None, rounds=rounds)
+        benchmark.pedantic(run, setup=timing.start_cold, rounds=rounds)
+        return
+    others = [other for other in PROVIDERS if other.ours and BASELINES[other.task] == provider.name]
+    turns = Turns([other for other in others if other.absent(device) is None], problem)
+    benchmark.pedantic(run, setup=turns.take, rounds=rounds)
+    turns.take()
+    benchmark.extra_info["ratios"] = turns.ratios(benchmark.stats.stats.data)

@@ -15,7 +15,7 @@ from rich.progress import track
 
 from benchmarks import bandwidth, correctness, kernels_goals, memory, results_table
 from benchmarks.geometries import USUAL_ROWS, Case, Planned, plan
-from benchmarks.measurements import BANDWIDTH, MEMORY, TIME, WALL, Absent, Measurement, Results
+from benchmarks.measurements import BANDWIDTH, MEMORY, RATIO, TIME, WALL, Absent, Measurement, Results
 from benchmarks.problem import Problem
 from benchmarks.providers import PROVIDERS
 from benchmarks.suite import Panel, Refused, Suite, line
@@ -87,7 +87,11 @@ def times_of(entry: dict, device: str, cases: dict[str, Case]) -> list[Measureme
     info, wall = entry["extra_info"], entry["stats"]["data"]
     case, provider = cases[info["case"]], info["provider"]
     if device == "cpu":
-        return [Measurement.of(provider, TIME, wall, case)]
+        ratios = info["ratios"].items()  # of the providers compared with this one
+        return [
+            Measurement.of(provider, TIME, wall, case),
+            *(Measurement.of(other, RATIO, found, case) for other, found in ratios),
+        ]
     return [
         Measurement.of(provider, TIME, info["device_seconds"], case),
         Measurement.of(provider, WALL, wall, case),

@@ -38,13 +38,14 @@ def start_cold() -> None:
 
 def rounds_for(run: Callable[[], object], device: str) -> int:
     """How often to time `run`, from a call whose first-time costs, compilation for one, are paid or do not matter."""
-    elapsed = _seconds(run, device)
+    elapsed = seconds(run, device)
     if elapsed < BUDGET[device] / FEWEST_ROUNDS or device == "cuda":
-        elapsed = _seconds(run, device)
+        elapsed = seconds(run, device)
     return min(MOST_ROUNDS, max(FEWEST_ROUNDS, int(BUDGET[device] / elapsed)))
 
 
-def _seconds(run: Callable[[], object], device: str) -> float:
+def seconds(run: Callable[[], object], device: str) -> float:
+    """Wall clock of one call."""
     synchronise(device)
     start = time.perf_counter()
     run()

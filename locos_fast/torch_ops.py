@@ -17,7 +17,7 @@ from locos_fast.softmax_state import LN_2, LOG2_E, SoftmaxState, merge, normalis
 from locos_fast.torch_spans import SpanOutputs, SpanSums
 from locos_fast.visibility import KeyCounts, Visibility, count_keys, count_span_visible
 
-BLOCK = 2048  # keys per block: a block of scores (32 rows x 8 heads, float32) is 2 MB and stays in cache
+BLOCK = 1536  # keys per block: a block of scores (32 rows x 8 heads, float32) is 1.5 MB and stays in cache
 CHUNK = 64  # scores whose maximum is taken first, vectorised, when the position of the largest is looked for
 LOWEST = -1e30  # stands for the largest score of a row that sees nothing: (-inf) - (-inf) would be NaN
 MERGED_AT_ONCE = 9  # states of blocks

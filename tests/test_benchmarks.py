@@ -17,8 +17,9 @@ from benchmarks import (
     providers,
     results_table,
 )
+from benchmarks.bench_kernels import Turns
 from benchmarks.geometries import LONG, QWEN3_8B, SHORT, Case
-from benchmarks.measurements import BANDWIDTH, MEMORY, TIME, Measurement, Results
+from benchmarks.measurements import BANDWIDTH, MEMORY, RATIO, TIME, Measurement, Results
 from benchmarks.problem import Problem
 from locos_fast import ops
 
@@ -169,6 +170,23 @@ def test_speed_goals_are_judged_against_the_pipeline(device, dtype, function, wa
         (goal,) = [goal for goal in kernels_goals.judge(Results(measured, []), device) if "as fast" in goal.text]
         assert goal.passed is passed, goal
         assert f"at least {wanted}x" in goal.text
+
+
+def test_turns_compare_what_was_timed_next_to_each_other():
+    turns = Turns([], Problem(Case(QWEN3_8B, 64, 1, torch.float32), "cpu"))
+    turns.seconds = {"torch.attention_summary": [1.0, 3.0, 5.0]}  # the machine grows slower
+    assert turns.ratios([200.0, 400.0]) == {"torch.attention_summary": [100.0, 100.0]}
+
+
+def test_ratios_by_turns_are_what_is_judged():
+    measured = [
+        Measurement.of("pipeline", TIME, [1000.0], CASE),
+        Measurement.of("torch.attention_summary", TIME, [1.0], CASE),
+        Measurement.of("torch.attention_summary", RATIO, [199.0], CASE),
+    ]
+    (goal,) = kernels_goals.judge(Results(measured, []), "cpu")
+    assert goal.text.startswith("torch.attention_summary is 199x as fast as the pipeline")
+    assert not goal.passed
 
 
 @pytest.mark.parametrize(("long", "passed"), [(1_000_000, True), (1_100_000, False)])
