@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import pytest
 import torch
@@ -68,11 +69,13 @@ class Turns:
 
     def ratios(self, baseline: Sequence[float]) -> dict[str, list[float]]:
         """Seconds of each round of the baseline over the mean of the turns before and after it."""
-        found = {}
-        for name, seconds in self.seconds.items():
-            around = zip(baseline, seconds, seconds[1:], strict=True)
-            found[name] = [whole / ((before + after) / 2) for whole, before, after in around]
-        return found
+        return {
+            name: [
+                whole / ((before + after) / 2)
+                for whole, (before, after) in zip(baseline, pairwise(seconds), strict=True)
+            ]
+            for name, seconds in self.seconds.items()
+        }
 
 
 @torch.inference_mode()
