@@ -6,6 +6,7 @@ never repeated: a block costs one matrix product per use. Half-precision blocks 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,8 +18,9 @@ from locos_fast.softmax_state import LN_2, LOG2_E, SoftmaxState, merge, normalis
 from locos_fast.torch_spans import SpanOutputs, SpanSums
 from locos_fast.visibility import KeyCounts, Visibility, count_keys, count_span_visible
 
-BLOCK = 1536  # keys per block: a block of scores (32 rows x 8 heads, float32) is 1.5 MB and stays in cache
-CHUNK = 64  # scores whose maximum is taken first, vectorised, when the position of the largest is looked for
+BLOCK = 896  # keys per block; of 8 heads (head_dim 128, float32) they take 3.7 MB, their scores for 32 rows a head 0.9 MB
+HEADS_PER_THREAD = 4  # at once
+CHUNK = 32  # scores whose maximum is taken first, vectorised, when the position of the largest is looked for
 LOWEST = -1e30  # stands for the largest score of a row that sees nothing: (-inf) - (-inf) would be NaN
 MERGED_AT_ONCE = 9  # states of blocks
 
@@ -52,35 +54,45 @@ class GroupedRows(NamedTuple):
 class Products:
     """Products of the stacked rows with one block of keys or values after another, in float32 at least.
 
-    On a CPU a few heads at a time, one per thread: each thread copies its head's block, converted if need be, into its
-    own cache and multiplies it from there; straight from memory a product takes a quarter longer. Buffers are reused:
-    fresh memory pages cost as much as the products.
+    A block is copied, converted if need be, and multiplied from the copy, which a CPU keeps in the caches of its cores;
+    straight from memory a product takes a tenth longer. All operators see the same heads at once, so that each thread
+    meets again what it wrote: where cores share no cache, the other's half takes longer to come than to multiply.
+    Buffers are reused: fresh memory pages cost as much as the products.
     """
 
     def __init__(self, rows: Tensor) -> None:
         """`rows` is any (B, Hkv, R, D) tensor of the products' dtype and device."""
         batch, kv_heads = rows.shape[:2]
-        at_once = min(kv_heads, torch.get_num_threads()) if rows.device.type == "cpu" else kv_heads
+        at_once = HEADS_PER_THREAD * torch.get_num_threads() if rows.device.type == "cpu" else kv_heads
         heads = [slice(head, min(head + at_once, kv_heads)) for head in range(0, kv_heads, at_once)]
         self.pieces = [(b, h) for b in range(batch) for h in heads]
-        self.memory = rows.new_empty(0)  # of the copies
-        self.operands: dict[str, tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]] = {}
+        self.like = rows
+        self.memory: dict[str, Tensor] = {}
 
-    def of(self, name: str, rows: Tensor, x: Tensor, start: int, end: int) -> Tensor:
+    def scores(self, name: str, rows: Tensor, x: Tensor, start: int, end: int) -> Tensor:
         """rows (B, Hkv, R, D) times columns of x (B, Hkv, N, D): (B, Hkv, R, end - start), valid until the next product
-        of that name. A name stands for one `rows` and one `x`."""
-        if name not in self.operands or self.operands[name][0].shape[-1] != end - start:
-            result = rows.new_empty((*rows.shape[:3], end - start))
-            self.operands[name] = result, [(rows[piece], x[piece], result[piece]) for piece in self.pieces]
-        result, pieces = self.operands[name]
-        for own_rows, source, into in pieces:
-            torch.bmm(own_rows, self._copy(source[:, start:end]).mT, out=into)
+        of that name."""
+        result = self._room(name, (*rows.shape[:3], end - start))
+        for piece in self.pieces:
+            torch.bmm(rows[piece], self._copy(x[piece][:, start:end]).mT, out=result[piece])
+        return result
+
+    def outputs(self, weights: Tensor, x: Tensor, start: int, end: int) -> Tensor:
+        """Weights (B, Hkv, R, end - start) times rows of x (B, Hkv, N, D): (B, Hkv, R, D), valid until the next."""
+        result = self._room("outputs", (*weights.shape[:3], x.shape[-1]))
+        for piece in self.pieces:
+            torch.bmm(weights[piece], self._copy(x[piece][:, start:end]), out=result[piece])
         return result
 
     def _copy(self, block: Tensor) -> Tensor:
-        if self.memory.numel() < block.numel():
-            self.memory = self.memory.new_empty(block.numel())
-        return self.memory[: block.numel()].view(block.shape).copy_(block)
+        return self._room("copy", tuple(block.shape)).copy_(block)
+
+    def _room(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A buffer of that shape: the largest asked for under that name so far, or a part of it."""
+        size = math.prod(shape)
+        if name not in self.memory or self.memory[name].numel() < size:
+            self.memory[name] = self.like.new_empty(size)
+        return self.memory[name][:size].view(shape)
 
 
 class Scorer:
@@ -104,7 +116,7 @@ class Scorer:
 
     def scores(self, start: int, end: int) -> Tensor:
         """(B, Hkv, G*T, end - start) in base 2, -inf where a row does not see the column; valid until the next call."""
-        scores = self.products.of("scores", self.query, self.key, start, end)
+        scores = self.products.scores("scores", self.query, self.key, start, end)
         if self.softcap is not None:
             scores = scores.tanh_().mul_(LOG2_E * self.softcap)
         self._hide(scores, start, end)
@@ -140,6 +152,32 @@ def block_state(scores: Tensor, first_slot: int) -> tuple[SoftmaxState, Tensor]:
     slots = torch.where(largest == -torch.inf, -1, position + first_slot)
     exponentials = scores.sub_(largest.clamp(min=LOWEST)[..., None]).exp2_()
     return SoftmaxState(largest, slots, exponentials.sum(-1), largest.new_empty((*largest.shape, 0))), exponentials
+
+
+def block_total(
+    products: Products,
+    direction: Tensor,
+    value: Tensor,
+    weights: Tensor,
+    start: int,
+    end: int,
+    span_sums: SpanSums,
+    largest: Tensor | None = None,
+) -> Tensor:
+    """Sum of phi over a block of columns (B, Hkv, R), and what its spans hold added to `span_sums`.
+
+    phi itself is only computed where there are spans; elsewhere the values are weighted and summed first, which saves
+    two passes over the block. `weights` (B, Hkv, R, end - start) are attention weights, or exponentials relative to
+    `largest`.
+    """
+    low, high = span_sums.reach(start, end)
+    if low < high:
+        near = weights[..., low - start : high - start]
+        phi = products.scores("phi", direction, value, low, high).mul_(near)
+        span_sums.add(low, near, phi, largest=largest)
+        if (low, high) == (start, end):
+            return phi.sum(-1)
+    return (products.outputs(weights, value, start, end) * direction).sum(-1)
 
 
 class MergedStates:
@@ -180,9 +218,8 @@ def attention_contribution(
     span_sums = SpanSums(spans, visibility.kv_offset, key.shape[2], scorer.query[..., 0], fields=2)
     for start, end in scorer.blocks():
         block, exponentials = block_state(scorer.scores(start, end), visibility.kv_offset + start)
-        phi = scorer.products.of("phi", direction, value, start, end).mul_(exponentials)
-        span_sums.add(start, exponentials, phi, largest=block.largest)
-        states.add(block._replace(sums=phi.sum(-1, keepdim=True)))
+        total = block_total(scorer.products, direction, value, exponentials, start, end, span_sums, block.largest)
+        states.add(block._replace(sums=total[..., None]))
     state = states.merged()
     lse = normaliser(state, sinks_of(scorer, sinks))
     to_alpha = weight(state.largest, lse)
@@ -264,10 +301,8 @@ def ov_contribution(
     for start in range(0, n_keys, BLOCK):
         end = min(start + BLOCK, n_keys)
         alpha = layout.stack(attn[..., start:end]).to(dtype)  # stacking copies where T and H are transposed
-        phi = products.of("phi", direction, value, start, end).mul_(alpha)
-        total += phi.sum(-1)
+        total += block_total(products, direction, value, alpha, start, end, span_sums)
         total_mass += alpha.sum(-1)
-        span_sums.add(start, alpha, phi)
         block_largest, block_argmax = largest_score(alpha)
         argmax = torch.where(block_largest > largest, block_argmax + start, argmax)
         largest = torch.maximum(largest, block_largest)
@@ -305,5 +340,5 @@ def position_contribution(
     phi = lse.new_zeros((*lse.shape, key.shape[2]))
     for start, end in scorer.blocks():
         alpha = scorer.scores(start, end).sub_(lse[..., None]).exp2_()
-        torch.mul(alpha, scorer.products.of("phi", direction, value, start, end), out=phi[..., start:end])
+        torch.mul(alpha, scorer.products.scores("phi", direction, value, start, end), out=phi[..., start:end])
     return layout.unstack(phi)

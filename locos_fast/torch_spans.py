@@ -47,12 +47,22 @@ class SpanSums:
         self.sums = [rows.new_zeros((*rows.shape, self.plan.start.shape[1])) for _ in range(fields)]
         self.running = RunningReference(rows)
 
+    def reach(self, start: int, end: int) -> tuple[int, int]:
+        """The columns of a block from the first to the last tile that a span meets; empty where none does."""
+        met = self._met(start, end)
+        if not met:
+            return start, start
+        return max(met[0] * SUMMED_AT_ONCE, start), min((met[-1] + 1) * SUMMED_AT_ONCE, end)
+
+    def _met(self, start: int, end: int) -> list[int]:
+        tiles = range(start // SUMMED_AT_ONCE, -(-end // SUMMED_AT_ONCE))
+        return [tile for tile in tiles if self.low[tile] < self.high[tile]]
+
     def add(self, start: int, *fields: Tensor, largest: Tensor | None = None) -> None:
         """Add blocks (B, Hkv, R, n) whose first column is `start`; `largest` (B, Hkv, R) is the score that they are
         relative to, None if to none."""
         end = start + fields[0].shape[-1]
-        tiles = range(start // SUMMED_AT_ONCE, -(-end // SUMMED_AT_ONCE))
-        met = [tile for tile in tiles if self.low[tile] < self.high[tile]]
+        met = self._met(start, end)
         if not met:
             return
         factor = None if largest is None else self.running.rescale(largest, *self.sums)
