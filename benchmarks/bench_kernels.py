@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -18,7 +19,7 @@ import torch
 from benchmarks import timing
 from benchmarks.geometries import Case, plan
 from benchmarks.problem import Problem
-from benchmarks.providers import BASELINES, PROVIDERS, Provider
+from benchmarks.providers import BASELINES, PROVIDERS, Provider, Task
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -52,10 +53,11 @@ class Turns:
     """Times of `others` before and after every round of their baseline, on a CPU.
 
     A round of the pipeline takes seconds, in which a machine that others use too grows faster or slower; the ratio of
-    what was timed next to each other depends on that the least.
+    what was timed next to each other depends on that the least. What the pipeline frees, gigabytes, a virtual machine
+    gives back to its host a second or two later, on the same cores: hence the pause.
     """
 
-    CALLS = 5
+    CALLS, PAUSE = 5, 3  # seconds
 
     def __init__(self, others: Sequence[Provider], problem: Problem) -> None:
         self.others, self.problem = others, problem
@@ -63,6 +65,8 @@ class Turns:
 
     def take(self) -> None:
         """One turn of each: the median of a few calls."""
+        if self.others:
+            time.sleep(self.PAUSE)
         for provider in self.others:
             calls = [timing.seconds(lambda run=provider.run: run(self.problem), "cpu") for _ in range(self.CALLS)]
             self.seconds[provider.name].append(statistics.median(calls))
@@ -100,7 +104,8 @@ def test_kernel(benchmark, request: pytest.FixtureRequest, case: Case, provider:
         benchmark.extra_info["device_seconds"] = timing.device_seconds(lambda: provider.run(problem), rounds)
         benchmark.pedantic(run, setup=timing.start_cold, rounds=rounds)
         return
-    others = [other for other in PROVIDERS if other.ours and BASELINES[other.task] == provider.name]
+    compared = PROVIDERS if provider.name == BASELINES[Task.QUERIES] else ()
+    others = [other for other in compared if other.ours and other.task is provider.task]
     turns = Turns([other for other in others if other.absent(device) is None], problem)
     benchmark.pedantic(run, setup=turns.take, rounds=rounds)
     turns.take()

@@ -18,7 +18,9 @@ from locos_fast.softmax_state import LN_2, LOG2_E, SoftmaxState, merge, normalis
 from locos_fast.torch_spans import SpanOutputs, SpanSums
 from locos_fast.visibility import KeyCounts, Visibility, count_keys, count_span_visible
 
-BLOCK = 896  # keys per block; of 8 heads (head_dim 128, float32) they take 3.7 MB, their scores for 32 rows a head 0.9 MB
+BLOCK = (
+    896  # keys per block; of 8 heads (head_dim 128, float32) they take 3.7 MB, their scores for 32 rows a head 0.9 MB
+)
 HEADS_PER_THREAD = 4  # at once
 CHUNK = 32  # scores whose maximum is taken first, vectorised, when the position of the largest is looked for
 LOWEST = -1e30  # stands for the largest score of a row that sees nothing: (-inf) - (-inf) would be NaN
