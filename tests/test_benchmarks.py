@@ -18,7 +18,7 @@ from benchmarks import (
     results_table,
 )
 from benchmarks.bench_kernels import Turns
-from benchmarks.geometries import LONG, QWEN3_8B, SHORT, Case
+from benchmarks.geometries import LONG, MIDDLE, QWEN3_8B, SHORT, Case
 from benchmarks.measurements import BANDWIDTH, MEMORY, RATIO, TIME, Measurement, Results
 from benchmarks.problem import Problem
 from locos_fast import ops
@@ -170,6 +170,17 @@ def test_speed_goals_are_judged_against_the_pipeline(device, dtype, function, wa
         (goal,) = [goal for goal in kernels_goals.judge(Results(measured, []), device) if "as fast" in goal.text]
         assert goal.passed is passed, goal
         assert f"at least {wanted}x" in goal.text
+
+
+def test_speed_on_a_cpu_is_shown_at_32k_and_judged_at_100k():
+    case = CASE._replace(n_keys=MIDDLE)
+    measured = [
+        Measurement.of("pipeline", TIME, [1.0], case),
+        Measurement.of("torch.attention_summary", TIME, [1.0], case),
+    ]
+    (goal,) = kernels_goals.judge(Results(measured, []), "cpu")
+    assert "1x as fast" in goal.text
+    assert goal.passed is None
 
 
 def test_turns_compare_what_was_timed_next_to_each_other():
