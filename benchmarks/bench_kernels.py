@@ -108,5 +108,7 @@ def test_kernel(benchmark, request: pytest.FixtureRequest, case: Case, provider:
     others = [other for other in compared if other.ours and other.task is provider.task]
     turns = Turns([other for other in others if other.absent(device) is None], problem)
     benchmark.pedantic(run, setup=turns.take, rounds=rounds)
+    if not benchmark.enabled:
+        return
     turns.take()
     benchmark.extra_info["ratios"] = turns.ratios(benchmark.stats.stats.data)

@@ -107,7 +107,7 @@ def _constant_memory(results: Results, cases: list[Case]) -> list[Goal]:
                 continue
             text = (
                 f"extra memory of {provider.name} does not depend on N: {megabytes(short_bytes)} at {SHORT}, "
-                f"{megabytes(long_bytes)} at {case.n_keys}, {case.dtype_name}"
+                f"{megabytes(long_bytes)}: {case.label}"
             )
             goals.append(Goal(text, abs(long_bytes - short_bytes) <= 0.02 * short_bytes))
     return goals

@@ -18,10 +18,10 @@ from locos_fast.softmax_state import LN_2, LOG2_E, SoftmaxState, merge, normalis
 from locos_fast.torch_spans import SpanOutputs, SpanSums
 from locos_fast.visibility import KeyCounts, Visibility, count_keys, count_span_visible
 
-BLOCK = (
-    896  # keys per block; of 8 heads (head_dim 128, float32) they take 3.7 MB, their scores for 32 rows a head 0.9 MB
-)
-HEADS_PER_THREAD = 4  # at once
+# Keys per block: of 8 heads (head_dim 128, float32) they take 3.7 MB, the scores for 32 rows a head 0.9 MB. A multiple
+# of CHUNK, without which a maximum is slow, and of SUMMED_AT_ONCE, without which tiles of spans are cut.
+BLOCK = 896
+HEADS_PER_THREAD = 4  # in one product: more take more memory, fewer more steps at which threads wait for each other
 CHUNK = 32  # scores whose maximum is taken first, vectorised, when the position of the largest is looked for
 LOWEST = -1e30  # stands for the largest score of a row that sees nothing: (-inf) - (-inf) would be NaN
 MERGED_AT_ONCE = 9  # states of blocks
@@ -57,15 +57,18 @@ class Products:
     """Products of the stacked rows with one block of keys or values after another, in float32 at least.
 
     A block is copied, converted if need be, and multiplied from the copy, which a CPU keeps in the caches of its cores;
-    straight from memory a product takes a tenth longer. All operators see the same heads at once, so that each thread
-    meets again what it wrote: where cores share no cache, the other's half takes longer to come than to multiply.
+    straight from memory a product takes a tenth longer. Up to four heads per thread go into one product. Operators on
+    all heads then give each thread what it wrote itself: where cores share no cache, the other's half takes longer to
+    come than to multiply. More heads, or several prompts, take turns.
     Buffers are reused: fresh memory pages cost as much as the products.
     """
 
     def __init__(self, rows: Tensor) -> None:
         """`rows` is any (B, Hkv, R, D) tensor of the products' dtype and device."""
         batch, kv_heads = rows.shape[:2]
-        at_once = HEADS_PER_THREAD * torch.get_num_threads() if rows.device.type == "cpu" else kv_heads
+        at_most = HEADS_PER_THREAD * torch.get_num_threads() if rows.device.type == "cpu" else kv_heads
+        turns = max(1, -(-kv_heads // at_most))
+        at_once = -(-kv_heads // turns)
         heads = [slice(head, min(head + at_once, kv_heads)) for head in range(0, kv_heads, at_once)]
         self.pieces = [(b, h) for b in range(batch) for h in heads]
         self.like = rows
@@ -168,9 +171,9 @@ def block_total(
 ) -> Tensor:
     """Sum of phi over a block of columns (B, Hkv, R), and what its spans hold added to `span_sums`.
 
-    phi itself is only computed where there are spans; elsewhere the values are weighted and summed first, which saves
-    two passes over the block. `weights` (B, Hkv, R, end - start) are attention weights, or exponentials relative to
-    `largest`.
+    phi itself is only computed where there are spans, from the first to the last in the block; elsewhere the values are
+    weighted and summed first, which saves two passes over the block. Columns near a few spans are multiplied twice.
+    `weights` (B, Hkv, R, end - start) are attention weights, or exponentials relative to `largest`.
     """
     low, high = span_sums.reach(start, end)
     if low < high:

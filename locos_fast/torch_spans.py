@@ -20,7 +20,7 @@ class RunningReference:
     def rescale(self, largest: Tensor, *sums: Tensor) -> Tensor:
         """Make `sums` (B, Hkv, R, ...) fit for what is relative to `largest`; returns the factor that that takes.
 
-        There may be many sums, so they are only touched where a score is larger than all before.
+        There may be many sums, so they are left alone where no row has a score larger than all before.
         """
         reference = torch.maximum(self.reference, largest)
         finite = torch.where(reference == -torch.inf, 0.0, reference)  # (-inf) - (-inf) would be NaN
