@@ -13,7 +13,7 @@ SPLIT = (
     512  # keys per program. Fixed in tokens, never derived from batch or rows: a row's bits depend on its keys alone
 )
 
-MOST_REGISTERS = 224  # per thread, of the 255 a thread can have
+MOST_REGISTERS = 240  # per thread, of the 255 a thread can have
 
 
 class Tile(NamedTuple):
