@@ -1,62 +1,89 @@
-"""Partial softmax results and the one function that merges them.
+"""Softmax over the keys block by block, in PyTorch.
 
-Scores are in base 2 (natural ones times log2 e), as in the kernels: exp2 takes half the time of exp. A part of the keys
-leaves, per row, the largest score, the sum of exp2(score - largest) and any number of sums weighted by that
-exponential. Two such states merge into the state of the union; the merge is associative, so keys may be cut anywhere
-and the parts merged in any grouping. The empty state (nothing seen) is its neutral element.
+Scores are in base 2 (natural ones times log2 e), as in the kernels: exp2 takes half the time of exp. Sums weighted by
+exp2(score - reference), the reference being the largest score so far, become sums weighted by attention once the
+normaliser of all keys is known.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
+LOWEST = -1e30  # the reference of a row that has seen nothing: with -inf, (-inf) - (-inf) would be NaN
+CHUNK = 32  # scores whose maximum is taken first, vectorised, when the position of the largest is looked for
+FEW = 1 / 8  # of the rows: so many are copied to look for their largest score
 
 
-class SoftmaxState(NamedTuple):
-    """The state of a set of keys, for rows of any leading shape."""
+class RunningLargest:
+    """The largest score of every row so far, and its slot; rows of any shape."""
 
-    largest: Tensor  # (...) largest score, -inf if no key is visible
-    argmax: Tensor  # (...) int64 slot of the largest score, -1 if no key is visible
-    denominator: Tensor  # (...) sum of exp2(score - largest)
-    sums: Tensor  # (..., P) payload, each a sum of exp2(score - largest) * something
+    def __init__(self, rows: Tensor, lowest: float) -> None:
+        """`rows` is any tensor of the rows' shape, the scores' dtype and device; scores up to `lowest` do not count."""
+        self.score = torch.full_like(rows, lowest)
+        self.slot = torch.full(rows.shape, -1, device=rows.device)  # the first on ties, -1 if no score counted
 
-    @classmethod
-    def empty(cls, rows: torch.Size, payload: int, like: Tensor) -> SoftmaxState:
-        return cls(
-            like.new_full(rows, -torch.inf),
-            torch.full(rows, -1, dtype=torch.int64, device=like.device),
-            like.new_zeros(rows),
-            like.new_zeros((*rows, payload)),
-        )
-
-
-def merge(*states: SoftmaxState) -> SoftmaxState:
-    """The state of the keys of all `states` together; on a tie the slot of the first is kept."""
-    each = SoftmaxState(*map(torch.stack, zip(*states, strict=True)))  # (states, ...)
-    largest = each.largest.amax(0)
-    reference = torch.where(largest == -torch.inf, 0.0, largest)  # two empty states: (-inf) - (-inf) would be NaN
-    keep = (each.largest - reference).exp2()
-    first = (each.largest == largest).byte().argmax(0, keepdim=True)
-    return SoftmaxState(
-        largest,
-        each.argmax.gather(0, first)[0],
-        (each.denominator * keep).sum(0),
-        (each.sums * keep[..., None]).sum(0),
-    )
+    def add(self, scores: Tensor, first_slot: int) -> None:
+        """Take in the scores (..., n) of the next slots. Soon few rows have a better one: a CPU looks at no others."""
+        largest = scores.amax(-1)
+        better = largest > self.score
+        self.score = torch.maximum(self.score, largest)
+        if scores.device.type == "cpu":
+            rows = better.flatten().nonzero()[:, 0]
+            if len(rows) <= FEW * better.numel():
+                found = scores.flatten(0, -2).index_select(0, rows).argmax(-1)
+                self.slot.view(-1).index_copy_(0, rows, found.add_(first_slot))
+                return
+        self.slot = torch.where(better, position_of_largest(scores).add_(first_slot), self.slot)
 
 
-def normaliser(state: SoftmaxState, sinks: Tensor | None = None) -> Tensor:
-    """Softmax normaliser, in base 2 like the scores; `sinks` broadcasts to the rows and enters the denominator only."""
-    lse = state.largest + state.denominator.log2()
-    lse = torch.where(state.largest == -torch.inf, -torch.inf, lse)
-    return lse if sinks is None else torch.logaddexp2(lse, sinks.to(lse).expand_as(lse))
+class RunningSoftmax:
+    """What the keys seen so far leave of the softmax of every row; rows of any shape."""
+
+    def __init__(self, rows: Tensor) -> None:
+        """`rows` is any tensor of the rows' shape, the scores' dtype and device."""
+        self.largest = RunningLargest(rows, LOWEST)
+        self.denominator = torch.zeros_like(rows)  # sum of exp2(score - reference)
+
+    @property
+    def reference(self) -> Tensor:
+        """The largest score so far, LOWEST of a row that has seen nothing."""
+        return self.largest.score
+
+    def add(self, scores: Tensor, first_slot: int) -> tuple[Tensor, Tensor]:
+        """Take in the scores (..., n) of the next slots, -inf where a row does not see a key.
+
+        Returns exp2(scores - reference), written over `scores`, and the factor that makes sums taken so far relative to
+        the new reference.
+        """
+        before = self.reference
+        self.largest.add(scores, first_slot)
+        keep = (before - self.reference).exp2_()
+        exponentials = scores.sub_(self.reference[..., None]).exp2_()
+        self.denominator.mul_(keep).add_(exponentials.sum(-1))
+        return exponentials, keep
+
+    def normaliser(self, sinks: Tensor | None = None) -> Tensor:
+        """Log-sum-exp in base 2, -inf where nothing is seen; `sinks` broadcasts to the rows and enters only here."""
+        lse = torch.where(self.reference == LOWEST, -torch.inf, self.reference + self.denominator.log2())
+        return lse if sinks is None else torch.logaddexp2(lse, sinks.to(lse).expand_as(lse))
 
 
-def weight(largest: Tensor, lse: Tensor) -> Tensor:
-    """What turns sums relative to `largest` into sums weighted by alpha; 0 for rows that see nothing."""
-    return torch.where(largest == -torch.inf, 0.0, (largest - lse).exp2())
+def position_of_largest(scores: Tensor) -> Tensor:
+    """`scores.argmax(-1)`, the first on ties, four times as fast: PyTorch does not vectorise an argmax."""
+    columns = scores.shape[-1]
+    if columns % CHUNK:
+        return scores.argmax(-1)
+    chunks = scores.unflatten(-1, (columns // CHUNK, CHUNK))
+    chunk = chunks.amax(-1).argmax(-1)
+    first = torch.arange(chunk.numel(), device=scores.device) * (columns // CHUNK)
+    winner = chunks.reshape(-1, CHUNK).index_select(0, first + chunk.flatten())  # six times as fast as gather
+    return winner.argmax(-1).view_as(chunk).add_(chunk, alpha=CHUNK)
+
+
+def weight(reference: Tensor, lse: Tensor) -> Tensor:
+    """What turns sums relative to `reference` into sums weighted by attention; 0 for rows that see nothing."""
+    return torch.where(reference == LOWEST, 0.0, (reference - lse).exp2())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from locos_fast.contributions import Contributions, Summary
-from locos_fast.softmax_state import LN_2, LOG2_E, SoftmaxState, merge, normaliser, weight
+from locos_fast.softmax_state import LN_2, LOG2_E, LOWEST, RunningLargest, RunningSoftmax, weight
 from locos_fast.torch_spans import SpanOutputs, SpanSums
 from locos_fast.visibility import KeyCounts, Visibility, count_keys, count_span_visible
 
@@ -22,9 +22,6 @@ from locos_fast.visibility import KeyCounts, Visibility, count_keys, count_span_
 # of CHUNK, without which a maximum is slow, and of SUMMED_AT_ONCE, without which tiles of spans are cut.
 BLOCK = 896
 HEADS_PER_THREAD = 4  # in one product: more take more memory, fewer more steps at which threads wait for each other
-CHUNK = 32  # scores whose maximum is taken first, vectorised, when the position of the largest is looked for
-LOWEST = -1e30  # stands for the largest score of a row that sees nothing: (-inf) - (-inf) would be NaN
-MERGED_AT_ONCE = 9  # states of blocks
 
 
 class GroupedRows(NamedTuple):
@@ -139,26 +136,6 @@ class Scorer:
                 scores[..., low - start : high - start].masked_fill_(hidden, -torch.inf)
 
 
-def largest_score(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """`scores.max(-1)`, the first on ties, four times as fast: torch does not vectorise a maximum with its position."""
-    columns = scores.shape[-1]
-    if columns % CHUNK:
-        return scores.max(-1)
-    chunks = scores.unflatten(-1, (columns // CHUNK, CHUNK))
-    largest, chunk = chunks.amax(-1).max(-1)
-    first = torch.arange(largest.numel(), device=scores.device) * (columns // CHUNK)
-    winner = chunks.reshape(-1, CHUNK).index_select(0, first + chunk.flatten())  # six times as fast as gather
-    return largest, winner.argmax(-1).view_as(chunk).add_(chunk, alpha=CHUNK)
-
-
-def block_state(scores: Tensor, first_slot: int) -> tuple[SoftmaxState, Tensor]:
-    """The state of one block, without payload, and its exponentials; overwrites `scores`."""
-    largest, position = largest_score(scores)
-    slots = torch.where(largest == -torch.inf, -1, position + first_slot)
-    exponentials = scores.sub_(largest.clamp(min=LOWEST)[..., None]).exp2_()
-    return SoftmaxState(largest, slots, exponentials.sum(-1), largest.new_empty((*largest.shape, 0))), exponentials
-
-
 def block_total(
     products: Products,
     direction: Tensor,
@@ -167,39 +144,22 @@ def block_total(
     start: int,
     end: int,
     span_sums: SpanSums,
-    largest: Tensor | None = None,
+    reference: Tensor | None = None,
 ) -> Tensor:
     """Sum of phi over a block of columns (B, Hkv, R), and what its spans hold added to `span_sums`.
 
     phi itself is only computed where there are spans, from the first to the last in the block; elsewhere the values are
     weighted and summed first, which saves two passes over the block. Columns near a few spans are multiplied twice.
-    `weights` (B, Hkv, R, end - start) are attention weights, or exponentials relative to `largest`.
+    `weights` (B, Hkv, R, end - start) are attention weights, or exponentials relative to `reference`.
     """
     low, high = span_sums.reach(start, end)
     if low < high:
         near = weights[..., low - start : high - start]
         phi = products.scores("phi", direction, value, low, high).mul_(near)
-        span_sums.add(low, near, phi, largest=largest)
+        span_sums.add(low, near, phi, reference=reference)
         if (low, high) == (start, end):
             return phi.sum(-1)
     return (products.outputs(weights, value, start, end) * direction).sum(-1)
-
-
-class MergedStates:
-    """The state of all blocks so far; they are merged many at a time."""
-
-    def __init__(self, rows: Tensor, payload: int) -> None:
-        """`rows` is any tensor (B, Hkv, R, D) of the state's dtype and device."""
-        self.states = [SoftmaxState.empty(rows.shape[:-1], payload, rows)]
-
-    def add(self, state: SoftmaxState) -> None:
-        self.states.append(state)
-        if len(self.states) == MERGED_AT_ONCE:
-            self.states = [merge(*self.states)]
-
-    def merged(self) -> SoftmaxState:
-        self.states = [merge(*self.states)]
-        return self.states[0]
 
 
 def attention_contribution(
@@ -219,23 +179,23 @@ def attention_contribution(
     scorer = Scorer(query, key, visibility, scale, softcap)
     layout = scorer.layout
     direction = layout.stack(direction).to(scorer.dtype)
-    states = MergedStates(scorer.query, payload=1)
-    span_sums = SpanSums(spans, visibility.kv_offset, key.shape[2], scorer.query[..., 0], fields=2)
+    softmax = RunningSoftmax(scorer.query[..., 0])
+    total = torch.zeros_like(softmax.denominator)
+    span_sums = SpanSums(spans, visibility.kv_offset, key.shape[2], total, fields=2)
     for start, end in scorer.blocks():
-        block, exponentials = block_state(scorer.scores(start, end), visibility.kv_offset + start)
-        total = block_total(scorer.products, direction, value, exponentials, start, end, span_sums, block.largest)
-        states.add(block._replace(sums=total[..., None]))
-    state = states.merged()
-    lse = normaliser(state, sinks_of(scorer, sinks))
-    to_alpha = weight(state.largest, lse)
+        weights, keep = softmax.add(scorer.scores(start, end), visibility.kv_offset + start)
+        block = block_total(scorer.products, direction, value, weights, start, end, span_sums, softmax.reference)
+        total.mul_(keep).add_(block)
+    lse = softmax.normaliser(sinks_of(scorer, sinks))
+    to_alpha = weight(softmax.reference, lse)
     mass, span = span_sums.result(lse)
     return Contributions(
         span=layout.unstack(span),
-        total=layout.unstack(state.sums[..., 0] * to_alpha),
+        total=layout.unstack(total * to_alpha),
         mass=layout.unstack(mass),
-        total_mass=layout.unstack(state.denominator * to_alpha),
-        lse=layout.unstack(natural(lse, state, layout, sinks)),
-        argmax=layout.unstack(state.argmax),
+        total_mass=layout.unstack(softmax.denominator * to_alpha),
+        lse=layout.unstack(natural(lse, softmax, layout, sinks)),
+        argmax=layout.unstack(softmax.largest.slot),
         **(counts or count_keys(visibility, spans, key.shape[0], key.shape[2]))._asdict(),
     )
 
@@ -245,21 +205,20 @@ def sinks_of(scorer: Scorer, sinks: Tensor | None) -> Tensor | None:
     return None if sinks is None else scorer.layout.per_head(sinks.to(scorer.dtype)) * LOG2_E
 
 
-def natural(lse: Tensor, state: SoftmaxState, layout: GroupedRows, sinks: Tensor | None) -> Tensor:
+def natural(lse: Tensor, softmax: RunningSoftmax, layout: GroupedRows, sinks: Tensor | None) -> Tensor:
     """A normaliser in the natural logarithm; of a row that sees nothing it is the sink itself."""
     lse = lse * LN_2
-    return lse if sinks is None else torch.where(state.largest == -torch.inf, layout.per_head(sinks).to(lse), lse)
+    return lse if sinks is None else torch.where(softmax.reference == LOWEST, layout.per_head(sinks).to(lse), lse)
 
 
-def softmax_pass(scorer: Scorer, kv_offset: int, spans: SpanOutputs | None = None) -> SoftmaxState:
-    """One pass over the keys: the state of every row, without payload."""
-    states = MergedStates(scorer.query, payload=0)
+def softmax_pass(scorer: Scorer, kv_offset: int, spans: SpanOutputs | None = None) -> RunningSoftmax:
+    """One pass over the keys."""
+    softmax = RunningSoftmax(scorer.query[..., 0])
     for start, end in scorer.blocks():
-        block, exponentials = block_state(scorer.scores(start, end), kv_offset + start)
+        weights, _ = softmax.add(scorer.scores(start, end), kv_offset + start)
         if spans is not None:
-            spans.add(start, exponentials, block.largest)
-        states.add(block)
-    return states.merged()
+            spans.add(start, weights, softmax.reference)
+    return softmax
 
 
 def attention_summary(
@@ -278,15 +237,15 @@ def attention_summary(
     scorer = Scorer(query, key, visibility, scale, softcap)
     layout = scorer.layout
     outputs = SpanOutputs(spans, visibility.kv_offset, scorer.query[..., 0], value)
-    state = softmax_pass(scorer, visibility.kv_offset, outputs)
-    lse = normaliser(state, sinks_of(scorer, sinks))
+    softmax = softmax_pass(scorer, visibility.kv_offset, outputs)
+    lse = softmax.normaliser(sinks_of(scorer, sinks))
     mass, span_output = outputs.result(lse)
     return Summary(
         span_output=layout.unstack(span_output),
         mass=layout.unstack(mass),
-        total_mass=layout.unstack(state.denominator * weight(state.largest, lse)),
-        lse=layout.unstack(natural(lse, state, layout, sinks)),
-        argmax=layout.unstack(state.argmax),
+        total_mass=layout.unstack(softmax.denominator * weight(softmax.reference, lse)),
+        lse=layout.unstack(natural(lse, softmax, layout, sinks)),
+        argmax=layout.unstack(softmax.largest.slot),
         **(counts or count_keys(visibility, spans, key.shape[0], key.shape[2]))._asdict(),
     )
 
@@ -300,17 +259,15 @@ def ov_contribution(
     dtype = torch.promote_types(attn.dtype, torch.float32)
     direction = layout.stack(direction).to(dtype)
     products = Products(direction)
-    total, total_mass, largest = (torch.zeros_like(direction[..., 0]) for _ in range(3))
-    argmax = torch.full_like(total, -1, dtype=torch.int64)
+    total, total_mass = (torch.zeros_like(direction[..., 0]) for _ in range(2))
+    largest = RunningLargest(total, 0.0)
     span_sums = SpanSums(spans, 0, n_keys, total, fields=2)
     for start in range(0, n_keys, BLOCK):
         end = min(start + BLOCK, n_keys)
         alpha = layout.stack(attn[..., start:end]).to(dtype)  # stacking copies where T and H are transposed
         total += block_total(products, direction, value, alpha, start, end, span_sums)
         total_mass += alpha.sum(-1)
-        block_largest, block_argmax = largest_score(alpha)
-        argmax = torch.where(block_largest > largest, block_argmax + start, argmax)
-        largest = torch.maximum(largest, block_largest)
+        largest.add(alpha, start)
     mass, span = span_sums.result()
     everything = Visibility(spans.new_zeros(rows), spans.new_full((rows,), n_keys))
     return Contributions(
@@ -319,7 +276,7 @@ def ov_contribution(
         mass=layout.unstack(mass),
         total_mass=layout.unstack(total_mass),
         lse=None,
-        argmax=layout.unstack(argmax),
+        argmax=layout.unstack(largest.slot),
         visible=spans.new_full((batch, rows), n_keys) if visible is None else visible,
         span_visible=count_span_visible(everything, spans, batch, n_keys),
     )
@@ -339,7 +296,7 @@ def position_contribution(
     """phi itself, (B, H, T, N): one pass for the normaliser, one to write."""
     scorer = Scorer(query, key, visibility, scale, softcap)
     layout = scorer.layout
-    lse = normaliser(softmax_pass(scorer, 0), sinks_of(scorer, sinks))
+    lse = softmax_pass(scorer, 0).normaliser(sinks_of(scorer, sinks))
     lse = torch.where(lse == -torch.inf, 0.0, lse)
     direction = layout.stack(direction).to(scorer.dtype)
     phi = lse.new_zeros((*lse.shape, key.shape[2]))

@@ -5,35 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from locos_fast.softmax_state import weight
+from locos_fast.softmax_state import LOWEST, weight
 from locos_fast.span_plan import SpanPlan
 
 SUMMED_AT_ONCE = 128  # columns per sum over spans: a matrix product adds one by one, and the rounding adds up
 
 
 class RunningReference:
-    """The largest score of each row so far, which sums that run over the blocks are relative to."""
+    """The score of each row to which sums over the blocks are relative."""
 
     def __init__(self, like: Tensor) -> None:
-        self.reference = torch.full_like(like, -torch.inf)  # (B, Hkv, R)
+        self.score = torch.full_like(like, LOWEST)  # (B, Hkv, R)
 
-    def rescale(self, largest: Tensor, *sums: Tensor) -> Tensor:
-        """Make `sums` (B, Hkv, R, ...) fit for what is relative to `largest`; returns the factor that that takes.
-
-        There may be many sums, so they are left alone where no row has a score larger than all before.
-        """
-        reference = torch.maximum(self.reference, largest)
-        finite = torch.where(reference == -torch.inf, 0.0, reference)  # (-inf) - (-inf) would be NaN
-        if not torch.equal(reference, self.reference):
-            keep = (self.reference - finite).exp2()
+    def move(self, score: Tensor, *sums: Tensor) -> None:
+        """Make `sums` (B, Hkv, R, ...) relative to `score`. There may be many sums, so they are left alone where no row
+        has a new one."""
+        if not torch.equal(score, self.score):
+            keep = (self.score - score).exp2()
             for each in sums:
                 each *= keep.view(*keep.shape, *(1,) * (each.ndim - keep.ndim))
-            self.reference = reference
-        return (largest - finite).exp2()
-
-    def to_alpha(self, lse: Tensor) -> Tensor:
-        """What turns sums into sums weighted by alpha."""
-        return weight(self.reference, lse)
+            self.score = score
 
 
 class SpanSums:
@@ -58,21 +49,21 @@ class SpanSums:
         tiles = range(start // SUMMED_AT_ONCE, -(-end // SUMMED_AT_ONCE))
         return [tile for tile in tiles if self.low[tile] < self.high[tile]]
 
-    def add(self, start: int, *fields: Tensor, largest: Tensor | None = None) -> None:
-        """Add blocks (B, Hkv, R, n) whose first column is `start`; `largest` (B, Hkv, R) is the score that they are
+    def add(self, start: int, *fields: Tensor, reference: Tensor | None = None) -> None:
+        """Add blocks (B, Hkv, R, n) whose first column is `start`; `reference` (B, Hkv, R) is the score that they are
         relative to, None if to none."""
         end = start + fields[0].shape[-1]
         met = self._met(start, end)
         if not met:
             return
-        factor = None if largest is None else self.running.rescale(largest, *self.sums)
+        if reference is not None:
+            self.running.move(reference, *self.sums)
         for tile in met:
             spans = slice(self.low[tile], self.high[tile])
             left, right = max(tile * SUMMED_AT_ONCE, start), min((tile + 1) * SUMMED_AT_ONCE, end)
             inside = self._inside(left, right, spans)
             for into, field in zip(self.sums, fields, strict=True):
-                part = field[..., left - start : right - start] @ inside
-                into[..., spans] += part if factor is None else part.mul_(factor[..., None])
+                into[..., spans] += field[..., left - start : right - start] @ inside
 
     def _inside(self, left: int, right: int, spans: slice) -> Tensor:
         """(B, 1, right - left, spans): whether a column lies in a span."""
@@ -85,7 +76,7 @@ class SpanSums:
         given."""
         if lse is not None:
             for each in self.sums:
-                each *= self.running.to_alpha(lse)[..., None]
+                each *= weight(self.running.score, lse)[..., None]
         return [self.plan.restore_order(each) for each in self.sums]
 
 
@@ -103,22 +94,22 @@ class SpanOutputs:
         self.output = rows.new_zeros((*rows.shape, len(self.reach), value.shape[-1]))
         self.running = RunningReference(rows)
 
-    def add(self, start: int, exponentials: Tensor, largest: Tensor) -> None:
-        """Add a block (B, Hkv, R, n) of exponentials relative to `largest` (B, Hkv, R), with first column `start`."""
+    def add(self, start: int, exponentials: Tensor, reference: Tensor) -> None:
+        """Add a block (B, Hkv, R, n) of exponentials relative to `reference` (B, Hkv, R), with first column `start`."""
         end = start + exponentials.shape[-1]
         met = [(index, low, high) for index, (low, high) in enumerate(self.reach) if low < end and high > start]
         if not met:
             return
-        factor = self.running.rescale(largest, self.mass, self.output)
+        self.running.move(reference, self.mass, self.output)
         for index, low, high in met:
             left, right = max(low, start), min(high, end)
             column = torch.arange(left, right, device=self.columns.device)
             inside = (column >= self.columns[:, index, :1]) & (column < self.columns[:, index, 1:])  # (B or 1, n)
-            weights = exponentials[..., left - start : right - start] * inside[:, None, None] * factor[..., None]
+            weights = exponentials[..., left - start : right - start] * inside[:, None, None]
             self.mass[..., index] += weights.sum(-1)
             self.output[..., index, :] += weights @ self.value[:, :, left:right].to(weights.dtype)
 
     def result(self, lse: Tensor) -> tuple[Tensor, Tensor]:
         """mass (B, Hkv, R, S) and output (B, Hkv, R, S, Dv), weighted by alpha."""
-        to_alpha = self.running.to_alpha(lse)[..., None]
+        to_alpha = weight(self.running.score, lse)[..., None]
         return self.mass * to_alpha, self.output * to_alpha[..., None]

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from locos_fast import ops, reference, torch_ops
+from locos_fast import ops, reference, softmax_state, torch_ops
 from locos_fast.ops import Visibility
 from tests.attention_cases import cases, weights_cases
 from tests.attention_problem import Problem, random_problem, random_weights_problem
@@ -401,7 +401,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
-MANY_BLOCKS = (32, 128)  # as many states of blocks wait to be merged at the end of both
+MANY_BLOCKS = (32, 128)
 
 
 def memory(function: str, keys: int, layout: str) -> LiveBytes:
@@ -425,7 +425,9 @@ def memory(function: str, keys: int, layout: str) -> LiveBytes:
 @pytest.mark.parametrize("function", ["attention_contribution", "attention_summary", "ov_contribution"])
 def test_memory_of_the_torch_backend_does_not_grow_with_the_context(function, layout):
     short, long = (memory(function, keys, layout) for keys in (blocks * torch_ops.BLOCK for blocks in MANY_BLOCKS))
-    assert 0 <= long.peak - short.peak <= 96 * torch_ops.BLOCK * 8 / 128  # the table of spans: 8 bytes per 128 keys
+    table_of_spans = 96 * torch_ops.BLOCK * 8 / 128  # 8 bytes per 128 keys
+    few_rows = softmax_state.FEW * 2 * 8 * 3 * torch_ops.BLOCK * 4  # copied where a row's largest score lies in a block
+    assert abs(long.peak - short.peak) <= table_of_spans + few_rows
     assert long.largest == short.largest
 
 
