@@ -95,7 +95,7 @@ def _summary(results: Results, case: Case) -> list[Goal]:
 def _constant_memory(results: Results, cases: list[Case]) -> list[Goal]:
     """Where a provider ran two contexts, its extra memory is the same to within 2 %.
 
-    Up to eight states of blocks wait to be merged, and the table of spans takes 8 bytes per 128 keys.
+    Rows copied to look for their largest score depend on the data, and the table of spans takes 8 bytes per 128 keys.
     """
     goals = []
     for case in cases:
