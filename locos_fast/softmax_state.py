@@ -32,8 +32,8 @@ class RunningLargest:
         better = largest > self.score
         self.score = torch.maximum(self.score, largest)
         if scores.device.type == "cpu":
-            rows = better.flatten().nonzero()[:, 0]
-            if len(rows) <= FEW * better.numel():
+            rows = better.reshape(-1).nonzero().view(-1)
+            if rows.numel() <= FEW * better.numel():
                 found = scores.flatten(0, -2).index_select(0, rows).argmax(-1)
                 self.slot.view(-1).index_copy_(0, rows, found.add_(first_slot))
                 return
@@ -62,7 +62,7 @@ class RunningSoftmax:
         before = self.reference
         self.largest.add(scores, first_slot)
         keep = (before - self.reference).exp2_()
-        exponentials = scores.sub_(self.reference[..., None]).exp2_()
+        exponentials = scores.sub_(self.reference.unsqueeze(-1)).exp2_()
         self.denominator.mul_(keep).add_(exponentials.sum(-1))
         return exponentials, keep
 

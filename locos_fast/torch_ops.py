@@ -62,39 +62,50 @@ class Products:
 
     def __init__(self, rows: Tensor) -> None:
         """`rows` is any (B, Hkv, R, D) tensor of the products' dtype and device."""
-        batch, kv_heads = rows.shape[:2]
+        batch, kv_heads, _, _ = rows.shape
         at_most = HEADS_PER_THREAD * torch.get_num_threads() if rows.device.type == "cpu" else kv_heads
         turns = max(1, -(-kv_heads // at_most))
         at_once = -(-kv_heads // turns)
         heads = [slice(head, min(head + at_once, kv_heads)) for head in range(0, kv_heads, at_once)]
-        self.pieces = [(b, h) for b in range(batch) for h in heads]
+        self.turns = [(b, h) for b in range(batch) for h in heads] if turns > 1 else None
         self.like = rows
         self.memory: dict[str, Tensor] = {}
+        self.views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
-    def scores(self, name: str, rows: Tensor, x: Tensor, start: int, end: int) -> Tensor:
-        """rows (B, Hkv, R, D) times columns of x (B, Hkv, N, D): (B, Hkv, R, end - start), valid until the next product
-        of that name."""
-        result = self._room(name, (*rows.shape[:3], end - start))
-        for piece in self.pieces:
-            torch.bmm(rows[piece], self._copy(x[piece][:, start:end]).mT, out=result[piece])
+    def cut(self, x: Tensor) -> list[Tensor]:
+        """The part of a tensor (B, Hkv, ...) that each turn takes."""
+        return list(x.unbind()) if self.turns is None else [x[b][heads] for b, heads in self.turns]
+
+    def scores(self, name: str, rows: list[Tensor], x: list[Tensor], start: int, end: int) -> Tensor:
+        """rows (B, Hkv, R, D) times columns of x (B, Hkv, N, D), both cut: (B, Hkv, R, end - start), valid until the
+        next product of that name."""
+        result = self._room(name, (*self.like.shape[:3], end - start))
+        for part, keys, out in zip(rows, x, self.cut(result), strict=True):
+            torch.bmm(part, self._copy(keys, start, end).mT, out=out)
         return result
 
-    def outputs(self, weights: Tensor, x: Tensor, start: int, end: int) -> Tensor:
-        """Weights (B, Hkv, R, end - start) times rows of x (B, Hkv, N, D): (B, Hkv, R, D), valid until the next."""
-        result = self._room("outputs", (*weights.shape[:3], x.shape[-1]))
-        for piece in self.pieces:
-            torch.bmm(weights[piece], self._copy(x[piece][:, start:end]), out=result[piece])
+    def outputs(self, weights: Tensor, x: list[Tensor], start: int, end: int) -> Tensor:
+        """Weights (B, Hkv, R, end - start) times rows of x (B, Hkv, N, D), the latter cut: (B, Hkv, R, D), valid until
+        the next."""
+        result = self._room("outputs", (*weights.shape[:3], x[0].shape[-1]))
+        for part, values, out in zip(self.cut(weights), x, self.cut(result), strict=True):
+            torch.bmm(part, self._copy(values, start, end), out=out)
         return result
 
-    def _copy(self, block: Tensor) -> Tensor:
-        return self._room("copy", tuple(block.shape)).copy_(block)
+    def _copy(self, x: Tensor, start: int, end: int) -> Tensor:
+        block = x[:, start:end]
+        return self._room("copy", block.shape).copy_(block)
 
     def _room(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A buffer of that shape: the largest asked for under that name so far, or a part of it."""
-        size = math.prod(shape)
-        if name not in self.memory or self.memory[name].numel() < size:
-            self.memory[name] = self.like.new_empty(size)
-        return self.memory[name][:size].view(shape)
+        view = self.views.get((name, shape))
+        if view is None:
+            size = math.prod(shape)
+            if name not in self.memory or self.memory[name].numel() < size:
+                self.memory[name] = self.like.new_empty(size)
+                self.views = {key: kept for key, kept in self.views.items() if key[0] != name}
+            view = self.views[name, shape] = self.memory[name][:size].view(shape)
+        return view
 
 
 class Scorer:
@@ -106,6 +117,7 @@ class Scorer:
         self.dtype = torch.promote_types(query.dtype, torch.float32)
         self.query = self.layout.stack(query).to(self.dtype) * (LOG2_E * scale if softcap is None else scale / softcap)
         self.products = Products(self.query)
+        self.query_parts, self.key_parts = self.products.cut(self.query), self.products.cut(key)
         first, last = visibility.columns(query.shape[0])
         self.first, self.last = self.layout.per_row(first), self.layout.per_row(last)  # (B, 1, G*T)
         n_keys = key.shape[2]
@@ -118,7 +130,7 @@ class Scorer:
 
     def scores(self, start: int, end: int) -> Tensor:
         """(B, Hkv, G*T, end - start) in base 2, -inf where a row does not see the column; valid until the next call."""
-        scores = self.products.scores("scores", self.query, self.key, start, end)
+        scores = self.products.scores("scores", self.query_parts, self.key_parts, start, end)
         if self.softcap is not None:
             scores = scores.tanh_().mul_(LOG2_E * self.softcap)
         self._hide(scores, start, end)
@@ -136,30 +148,34 @@ class Scorer:
                 scores[..., low - start : high - start].masked_fill_(hidden, -torch.inf)
 
 
-def block_total(
-    products: Products,
-    direction: Tensor,
-    value: Tensor,
-    weights: Tensor,
-    start: int,
-    end: int,
-    span_sums: SpanSums,
-    reference: Tensor | None = None,
-) -> Tensor:
-    """Sum of phi over a block of columns (B, Hkv, R), and what its spans hold added to `span_sums`.
+class Projection:
+    """Sums of phi over blocks of columns.
 
-    phi itself is only computed where there are spans, from the first to the last in the block; elsewhere the values are
+    phi itself is only computed where there are spans, from the first to the last in a block; elsewhere the values are
     weighted and summed first, which saves two passes over the block. Columns near a few spans are multiplied twice.
-    `weights` (B, Hkv, R, end - start) are attention weights, or exponentials relative to `reference`.
     """
-    low, high = span_sums.reach(start, end)
-    if low < high:
-        near = weights[..., low - start : high - start]
-        phi = products.scores("phi", direction, value, low, high).mul_(near)
-        span_sums.add(low, near, phi, reference=reference)
-        if (low, high) == (start, end):
-            return phi.sum(-1)
-    return (products.outputs(weights, value, start, end) * direction).sum(-1)
+
+    def __init__(self, products: Products, direction: Tensor, value: Tensor) -> None:
+        self.products, self.direction = products, direction
+        self.direction_parts, self.value_parts = products.cut(direction), products.cut(value)
+
+    def phi(self, weights: Tensor, start: int, end: int) -> Tensor:
+        """(B, Hkv, R, end - start) from weights of that shape, valid until the next call."""
+        return self.products.scores("phi", self.direction_parts, self.value_parts, start, end).mul_(weights)
+
+    def total(self, weights: Tensor, start: int, end: int, spans: SpanSums, reference: Tensor | None = None) -> Tensor:
+        """Sum over a block (B, Hkv, R); what spans hold of it is added to their sums.
+
+        `weights` (B, Hkv, R, end - start) are attention weights, or exponentials relative to `reference`.
+        """
+        low, high = spans.reach(start, end)
+        if low < high:
+            near = weights[..., low - start : high - start]
+            phi = self.phi(near, low, high)
+            spans.add(low, near, phi, reference=reference)
+            if (low, high) == (start, end):
+                return phi.sum(-1)
+        return (self.products.outputs(weights, self.value_parts, start, end) * self.direction).sum(-1)
 
 
 def attention_contribution(
@@ -182,10 +198,10 @@ def attention_contribution(
     softmax = RunningSoftmax(scorer.query[..., 0])
     total = torch.zeros_like(softmax.denominator)
     span_sums = SpanSums(spans, visibility.kv_offset, key.shape[2], total, fields=2)
+    projection = Projection(scorer.products, direction, value)
     for start, end in scorer.blocks():
         weights, keep = softmax.add(scorer.scores(start, end), visibility.kv_offset + start)
-        block = block_total(scorer.products, direction, value, weights, start, end, span_sums, softmax.reference)
-        total.mul_(keep).add_(block)
+        total.mul_(keep).add_(projection.total(weights, start, end, span_sums, softmax.reference))
     lse = softmax.normaliser(sinks_of(scorer, sinks))
     to_alpha = weight(softmax.reference, lse)
     mass, span = span_sums.result(lse)
@@ -258,14 +274,14 @@ def ov_contribution(
     layout = GroupedRows.of(attn, value.shape[1])
     dtype = torch.promote_types(attn.dtype, torch.float32)
     direction = layout.stack(direction).to(dtype)
-    products = Products(direction)
     total, total_mass = (torch.zeros_like(direction[..., 0]) for _ in range(2))
     largest = RunningLargest(total, 0.0)
     span_sums = SpanSums(spans, 0, n_keys, total, fields=2)
+    projection = Projection(Products(direction), direction, value)
     for start in range(0, n_keys, BLOCK):
         end = min(start + BLOCK, n_keys)
         alpha = layout.stack(attn[..., start:end]).to(dtype)  # stacking copies where T and H are transposed
-        total += block_total(products, direction, value, alpha, start, end, span_sums)
+        total += projection.total(alpha, start, end, span_sums)
         total_mass += alpha.sum(-1)
         largest.add(alpha, start)
     mass, span = span_sums.result()
@@ -298,9 +314,9 @@ def position_contribution(
     layout = scorer.layout
     lse = softmax_pass(scorer, 0).normaliser(sinks_of(scorer, sinks))
     lse = torch.where(lse == -torch.inf, 0.0, lse)
-    direction = layout.stack(direction).to(scorer.dtype)
+    projection = Projection(scorer.products, layout.stack(direction).to(scorer.dtype), value)
     phi = lse.new_zeros((*lse.shape, key.shape[2]))
     for start, end in scorer.blocks():
         alpha = scorer.scores(start, end).sub_(lse[..., None]).exp2_()
-        torch.mul(alpha, scorer.products.scores("phi", direction, value, start, end), out=phi[..., start:end])
+        phi[..., start:end] = projection.phi(alpha, start, end)
     return layout.unstack(phi)
