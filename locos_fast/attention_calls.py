@@ -23,6 +23,7 @@ from locos_fast.architecture import AttentionLayer, UnsupportedModelError, atten
 from locos_fast.attention_registry import RecordingError, registry
 from locos_fast.contributions import Contributions, Summary
 from locos_fast.cost import Stopwatch, timed
+from locos_fast.exact import exact
 from locos_fast.mask_reading import Call, RowsSeen, read_visibility, select_rows
 from locos_fast.visibility import KeyCounts, count_keys
 
@@ -31,6 +32,13 @@ UNSUPPORTED_ARGUMENTS = ("indices", "block_indices", "position_bias", "cache")  
 BEFORE_HEADS = ("visible", "span_visible")  # fields of a result that have no axis of heads: (B, T, ...)
 
 Sums = TypeVar("Sums", Summary, Contributions)
+
+
+def _autocast_dtype(query: Tensor) -> torch.dtype | None:
+    """What autocast turns queries, keys and values into before they are multiplied, None where it leaves them alone."""
+    device = query.device.type
+    casts = torch.is_autocast_enabled(device) and query.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if casts else None
 
 
 class RowsCall(NamedTuple):
@@ -44,7 +52,9 @@ class RowsCall(NamedTuple):
     value: Tensor  # (B, Hkv, N, Dv)
     output: Tensor  # (B, T, H, Dv) head outputs before the output projection
     seen: list[RowsSeen]
-    counts: list[KeyCounts]  # of each entry of `seen`
+    counts: Sequence[
+        KeyCounts | None
+    ]  # of each entry of `seen`, for the spans recorded; None where others are asked for
     attention: dict[str, Any]  # scale, softcap, sinks, backend, as `locos_fast.ops` takes them
 
     def summary(self, spans: Tensor) -> Summary:
@@ -79,7 +89,7 @@ class RowsCall(NamedTuple):
     def _of(self, x: Tensor, seen: RowsSeen) -> Tensor:
         return x if len(seen.steps) == x.shape[2] else x[:, :, seen.steps]
 
-    def _over_rows(self, compute: Callable[[RowsSeen, KeyCounts], Sums]) -> Sums:
+    def _over_rows(self, compute: Callable[[RowsSeen, KeyCounts | None], Sums]) -> Sums:
         """Rows whose keys have different holes are computed one by one."""
         parts = [compute(seen, counts) for seen, counts in zip(self.seen, self.counts, strict=True)]
         if len(parts) == 1:
@@ -183,7 +193,9 @@ class AnswerRows:
         inside = (local >= 0) & (local < n_queries)  # (B or 1, T)
         steps = inside.any(0).nonzero()[:, 0]
         if len(steps):
-            with timed(self.watch, output.device):
+            dtype = _autocast_dtype(qkv[0])
+            with timed(self.watch, output.device), exact():
+                qkv = qkv if dtype is None else (qkv[0].to(dtype), qkv[1].to(dtype), qkv[2].to(dtype))
                 self._hand_over(layer, implementation, qkv, mask, output, kwargs, end, steps, inside[:, steps])
 
     def _hand_over(

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from locos_fast.architecture import UnsupportedModelError, unembedding
+from locos_fast.exact import exact
 
 PARTS = 3  # half-precision values that hold a float32 to 2^-24 of the largest in its row
 BLOCK = 1024  # rows of a projection's weight that are held in float32 at a time
@@ -61,7 +62,7 @@ def token_directions(model: PreTrainedModel, target: Target) -> Tensor:
     return rows if target.contrast is None else rows - weight.mean(0, dtype=dtype)
 
 
-@torch.no_grad()
+@exact()
 def pull_back(projection: nn.Module, direction: Tensor) -> Tensor:
     """W^T d for the linear map of `projection` (its bias belongs to no head): (T, hidden) -> (T, heads * Dv).
 
@@ -92,7 +93,7 @@ def head_directions(
     return w * gate, contributions
 
 
-@torch.no_grad()
+@exact()
 def bias_of(projection: nn.Module, width: int, like: Tensor) -> Tensor:
     """(hidden,) what the projection gives for zero input, in the dtype of `like`."""
     if type(projection) in (nn.Linear, Conv1D):

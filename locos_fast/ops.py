@@ -28,6 +28,7 @@ from torch import Tensor
 
 from locos_fast import reference, torch_ops
 from locos_fast.contributions import Contributions, Summary
+from locos_fast.exact import exact
 from locos_fast.visibility import KeyCounts, Visibility
 
 __all__ = [
@@ -47,7 +48,7 @@ Spans = Sequence[tuple[int, int]] | Tensor
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-@torch.no_grad()
+@exact()
 def ov_contribution(
     attn: Tensor,
     value: Tensor,
@@ -71,6 +72,8 @@ def ov_contribution(
     _check_like("value", value, (batch, None, n_keys, None), attn)
     _check_groups(heads, value.shape[1], "value")
     _check_direction(direction, (batch, heads, rows, value.shape[3]), attn)
+    for name, tensor in (("attn", attn), ("value", value)):
+        _check_filled(name, tensor)
     if visible is not None:
         _require(
             visible.shape == (batch, rows) and visible.dtype == torch.int64,
@@ -86,7 +89,7 @@ def ov_contribution(
     return cast(Contributions, implementation.ov_contribution(attn, value, direction, table, visible=visible))
 
 
-@torch.no_grad()
+@exact()
 def attention_contribution(
     query: Tensor,
     key: Tensor,
@@ -117,6 +120,7 @@ def attention_contribution(
     _check_direction(direction, (*query.shape[:3], value.shape[3]), query)
     implementation = _implementation(backend, query)
     table = _placed(span_table(spans, query.shape[0]), query, implementation)
+    _check_counts(counts, query, table)
     if implementation is reference:
         query, key, value = (x.to(reference.result_dtype(x)) for x in (query, key, value))
     return cast(
@@ -125,7 +129,7 @@ def attention_contribution(
     )
 
 
-@torch.no_grad()
+@exact()
 def attention_summary(
     query: Tensor,
     key: Tensor,
@@ -154,7 +158,7 @@ def attention_summary(
     return cast(Summary, implementation.attention_summary(query, key, value, table, counts=counts, **checked))
 
 
-@torch.no_grad()
+@exact()
 def position_contribution(
     query: Tensor,
     key: Tensor,
@@ -261,6 +265,8 @@ def _check_attention(
     _check_like("key", key, (batch, None, None, head_dim), query)
     _check_groups(heads, key.shape[1], "key")
     _check_like("value", value, (batch, key.shape[1], key.shape[2], None), query)
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        _check_filled(name, tensor)
     _require(softcap is None or softcap > 0, "softcap", "a positive number or None", repr(softcap))
     if sinks is not None:
         _require(sinks.shape == (heads,), "sinks", f"({heads},)", _shape(sinks))
@@ -303,6 +309,10 @@ def _check_counts(counts: KeyCounts | None, query: Tensor, table: Tensor) -> Non
 
 def _check_dtype(name: str, tensor: Tensor) -> None:
     _require(tensor.dtype in DTYPES, name, "float16, bfloat16, float32 or float64", str(tensor.dtype))
+
+
+def _check_filled(name: str, tensor: Tensor) -> None:
+    _require(tensor.numel() > 0, name, "at least one element on every axis", _shape(tensor))
 
 
 def _check_device(name: str, tensor: Tensor, like: Tensor) -> None:

@@ -153,6 +153,7 @@ def _verify(call: RowsCall) -> None:
     direction = torch.randn(output.shape[2:], generator=generator).to(output.device, wide)  # (H, Dv)
     w = direction[None, :, None].expand(len(output), -1, output.shape[1], -1)
     everything = torch.tensor([[[0, torch.iinfo(torch.int32).max]]])
+    call = call._replace(counts=[None] * len(call.seen))
     total = call.contribution(w, everything).total
     size = call._replace(value=call.value.abs()).contribution(w.abs(), everything).total
     error = (total - torch.einsum("bthd,hd->bht", output.to(wide), direction)).abs()

@@ -24,6 +24,7 @@ from locos_fast.architecture import layer_count
 from locos_fast.attribution import Attribution, attribute_heads
 from locos_fast.cost import Meter
 from locos_fast.directions import Target, head_directions, token_directions
+from locos_fast.exact import exact
 from locos_fast.head_scores import ARRAYS, HeadScores
 from locos_fast.recording import LayerRecord, Recording, record
 from locos_fast.residual_stream import StreamTrace, trace, trace_projections
@@ -89,7 +90,7 @@ def score_tokens(
         token_chunks(model, token_chunk),
     ):
         logits = answer_logits(model, fed, rows)
-    with torch.inference_mode(), meter.scoring.running(input_ids.device):
+    with torch.inference_mode(), exact(), meter.scoring.running(input_ids.device):
         directions, completeness = _directions(model, norm, stream, recording, target, logits)
         arrays = _score_layers(model, recording, directions, input_ids, spans, answer_ids)
     meta = {

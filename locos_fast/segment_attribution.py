@@ -25,6 +25,7 @@ from locos_fast.architecture import layer_count
 from locos_fast.attention_calls import RowsCall, attention_calls
 from locos_fast.attention_registry import RecordingError
 from locos_fast.directions import Target, head_directions, token_directions
+from locos_fast.exact import exact
 from locos_fast.residual_stream import take_rows
 from locos_fast.token_chunks import TOKENS_PER_CHUNK, token_chunks
 
@@ -103,7 +104,7 @@ class _SegmentSums:
         if self.pending is not None:
             raise _astray(self.pending)
 
-    @torch.no_grad()
+    @exact()
     def _project(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         call, self.pending = self.pending, None
         if call is None:  # no answer row in this call, or the projection is being read with basis vectors

@@ -1,8 +1,8 @@
 """Softmax over the keys block by block, in PyTorch.
 
 Scores are in base 2 (natural ones times log2 e), as in the kernels: exp2 takes half the time of exp. Sums weighted by
-exp2(score - reference), the reference being the largest score so far, become sums weighted by attention once the
-normaliser of all keys is known.
+exp2(score - reference), the reference being the largest score so far, become sums weighted by attention once all keys
+are seen.
 """
 
 from __future__ import annotations
@@ -13,45 +13,53 @@ import torch
 from torch import Tensor
 
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
-LOWEST = -1e30  # the reference of a row that has seen nothing: with -inf, (-inf) - (-inf) would be NaN
 CHUNK = 32  # scores whose maximum is taken first, vectorised, when the position of the largest is looked for
-FEW = 1 / 8  # of the rows: so many are copied to look for their largest score
+FEW = 1 / 8  # a CPU copies up to this share of the rows to search them alone; if more have a new largest score, all
 
 
 class RunningLargest:
     """The largest score of every row so far, and its slot; rows of any shape."""
 
-    def __init__(self, rows: Tensor, lowest: float) -> None:
-        """`rows` is any tensor of the rows' shape, the scores' dtype and device; scores up to `lowest` do not count."""
-        self.score = torch.full_like(rows, lowest)
-        self.slot = torch.full(rows.shape, -1, device=rows.device)  # the first on ties, -1 if no score counted
+    def __init__(self, like: Tensor, lowest: float) -> None:
+        """`like` has the rows' shape and the scores' dtype and device; scores up to `lowest` do not count."""
+        self.score = torch.full_like(like, lowest)
+        self.slot = torch.full(like.shape, -1, device=like.device)  # the first on ties
 
     def add(self, scores: Tensor, first_slot: int) -> None:
-        """Take in the scores (..., n) of the next slots. Soon few rows have a better one: a CPU looks at no others."""
+        """Take in the scores (..., n) of the next slots."""
         largest = scores.amax(-1)
         better = largest > self.score
         self.score = torch.maximum(self.score, largest)
         if scores.device.type == "cpu":
             rows = better.reshape(-1).nonzero().view(-1)
             if rows.numel() <= FEW * better.numel():
-                found = scores.flatten(0, -2).index_select(0, rows).argmax(-1)
-                self.slot.view(-1).index_copy_(0, rows, found.add_(first_slot))
+                if rows.numel():
+                    found = scores.flatten(0, -2).index_select(0, rows).argmax(-1)
+                    self.slot.view(-1).index_copy_(0, rows, found.add_(first_slot))
                 return
         self.slot = torch.where(better, position_of_largest(scores).add_(first_slot), self.slot)
+
+    def argmax(self) -> Tensor:
+        """Slot of the largest score; -1 where no score counted, or one was NaN."""
+        return torch.where(self.score.isnan(), -1, self.slot)
 
 
 class RunningSoftmax:
     """What the keys seen so far leave of the softmax of every row; rows of any shape."""
 
-    def __init__(self, rows: Tensor) -> None:
-        """`rows` is any tensor of the rows' shape, the scores' dtype and device."""
-        self.largest = RunningLargest(rows, LOWEST)
-        self.denominator = torch.zeros_like(rows)  # sum of exp2(score - reference)
+    def __init__(self, like: Tensor) -> None:
+        """`like` has the rows' shape and the scores' dtype and device."""
+        self.largest = RunningLargest(like, lowest(like.dtype))
+        self.denominator = torch.zeros_like(like)  # sum of exp2(score - reference)
 
     @property
     def reference(self) -> Tensor:
-        """The largest score so far, LOWEST of a row that has seen nothing."""
+        """The largest score so far, `lowest` of a row that has seen nothing."""
         return self.largest.score
+
+    def unseen(self) -> Tensor:
+        """Whether a row has seen nothing."""
+        return self.reference == lowest(self.reference.dtype)
 
     def add(self, scores: Tensor, first_slot: int) -> tuple[Tensor, Tensor]:
         """Take in the scores (..., n) of the next slots, -inf where a row does not see a key.
@@ -68,8 +76,20 @@ class RunningSoftmax:
 
     def normaliser(self, sinks: Tensor | None = None) -> Tensor:
         """Log-sum-exp in base 2, -inf where nothing is seen; `sinks` broadcasts to the rows and enters only here."""
-        lse = torch.where(self.reference == LOWEST, -torch.inf, self.reference + self.denominator.log2())
+        lse = torch.where(self.unseen(), -torch.inf, self.reference + self.denominator.log2())
         return lse if sinks is None else torch.logaddexp2(lse, sinks.to(lse).expand_as(lse))
+
+    def to_alpha(self, sinks: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
+        """What turns sums relative to `reference`, by default the one of now, into sums weighted by attention; 0 for
+        rows that see nothing. By way of the normaliser it would lose digits where that is large."""
+        denominator = self.denominator if sinks is None else self.denominator + (sinks - self.reference).exp2()
+        factor = torch.where(self.unseen(), 0.0, 1 / denominator)
+        return factor if reference is None else factor * (reference - self.reference).exp2()
+
+
+def lowest(dtype: torch.dtype) -> float:
+    """The reference of rows that have seen nothing: with -inf, (-inf) - (-inf) would be NaN."""
+    return torch.finfo(dtype).min
 
 
 def position_of_largest(scores: Tensor) -> Tensor:
@@ -81,8 +101,3 @@ def position_of_largest(scores: Tensor) -> Tensor:
     first = chunk.mul_(CHUNK)
     winner = scores.gather(-1, first[..., None] + torch.arange(CHUNK, device=scores.device))
     return first.add_(winner.argmax(-1))
-
-
-def weight(reference: Tensor, lse: Tensor) -> Tensor:
-    """What turns sums relative to `reference` into sums weighted by attention; 0 for rows that see nothing."""
-    return torch.where(reference == LOWEST, 0.0, (reference - lse).exp2())

@@ -1,7 +1,9 @@
-"""Blockwise PyTorch backend: keys and values are read once, in blocks; extra memory does not grow with the context.
+"""Blockwise PyTorch backend: keys and values are read once, in blocks; beyond the results extra memory does not grow
+with the context.
 
 The rows that share a key/value head (query heads of the group x answer steps) are stacked, so that keys and values are
-never repeated: a block costs one matrix product per use. Half-precision blocks are computed in float32.
+never repeated: a block costs one matrix product per use. Half-precision blocks are computed in float32. Made for CPUs;
+on a GPU, where it stands in for what the kernels do not take (float64), it waits for the device in some steps.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ import torch
 from torch import Tensor
 
 from locos_fast.contributions import Contributions, Summary
-from locos_fast.softmax_state import LN_2, LOG2_E, LOWEST, RunningLargest, RunningSoftmax, weight
-from locos_fast.torch_spans import SpanOutputs, SpanSums
+from locos_fast.softmax_state import LN_2, LOG2_E, RunningLargest, RunningSoftmax
+from locos_fast.torch_spans import SUMMED_AT_ONCE, SpanOutputs, SpanSums
 from locos_fast.visibility import KeyCounts, Visibility, count_keys, count_span_visible
 
 # Keys per block: of 8 heads (head_dim 128, float32) they take 3.7 MB, the scores for 32 rows a head 0.9 MB. A multiple
@@ -42,8 +44,8 @@ class GroupedRows(NamedTuple):
         return x.reshape(x.shape[0], self.kv_heads * self.group, self.rows, *x.shape[3:])
 
     def per_row(self, x: Tensor) -> Tensor:
-        """Repeat a (B, T, ...) tensor for every query head of a group: (B, 1, G*T, ...)."""
-        return x.repeat(1, self.group, *(1 for _ in x.shape[2:]))[:, None]
+        """Repeat a (B, T) tensor for every query head of a group: (B, 1, G*T)."""
+        return x.repeat(1, self.group)[:, None]
 
     def per_head(self, x: Tensor) -> Tensor:
         """Repeat an (H,) tensor for every answer row: (1, Hkv, G*T)."""
@@ -61,10 +63,10 @@ class Products:
     """
 
     def __init__(self, rows: Tensor) -> None:
-        """`rows` is any (B, Hkv, R, D) tensor of the products' dtype and device."""
+        """`rows` (B, Hkv, R, D) has the stacked rows' shape and the products' dtype and device."""
         batch, kv_heads, _, _ = rows.shape
         at_most = HEADS_PER_THREAD * torch.get_num_threads() if rows.device.type == "cpu" else kv_heads
-        turns = max(1, -(-kv_heads // at_most))
+        turns = -(-kv_heads // at_most)
         at_once = -(-kv_heads // turns)
         heads = [slice(head, min(head + at_once, kv_heads)) for head in range(0, kv_heads, at_once)]
         self.turns = [(b, h) for b in range(batch) for h in heads] if turns > 1 else None
@@ -77,16 +79,20 @@ class Products:
         return list(x.unbind()) if self.turns is None else [x[b][heads] for b, heads in self.turns]
 
     def scores(self, name: str, rows: list[Tensor], x: list[Tensor], start: int, end: int) -> Tensor:
-        """rows (B, Hkv, R, D) times columns of x (B, Hkv, N, D), both cut: (B, Hkv, R, end - start), valid until the
-        next product of that name."""
+        """rows (B, Hkv, R, D) times keys `start` to `end` of x (B, Hkv, N, D), both as `cut` gives them.
+
+        (B, Hkv, R, end - start), valid until the next product of that name.
+        """
         result = self._room(name, (*self.like.shape[:3], end - start))
         for part, keys, out in zip(rows, x, self.cut(result), strict=True):
             torch.bmm(part, self._copy(keys, start, end).mT, out=out)
         return result
 
     def outputs(self, weights: Tensor, x: list[Tensor], start: int, end: int) -> Tensor:
-        """Weights (B, Hkv, R, end - start) times rows of x (B, Hkv, N, D), the latter cut: (B, Hkv, R, D), valid until
-        the next."""
+        """Weights (B, Hkv, R, end - start) times keys `start` to `end` of x (B, Hkv, N, Dv), which `cut` gave.
+
+        (B, Hkv, R, Dv), valid until the next call.
+        """
         result = self._room("outputs", (*weights.shape[:3], x[0].shape[-1]))
         for part, values, out in zip(self.cut(weights), x, self.cut(result), strict=True):
             torch.bmm(part, self._copy(values, start, end), out=out)
@@ -112,7 +118,7 @@ class Scorer:
     """Scores of stacked rows against one block of keys after another, masked by visibility."""
 
     def __init__(self, query: Tensor, key: Tensor, visibility: Visibility, scale: float, softcap: float | None) -> None:
-        self.key, self.softcap, self.visibility = key, softcap, visibility
+        self.softcap, self.visibility = softcap, visibility
         self.layout = GroupedRows.of(query, key.shape[1])
         self.dtype = torch.promote_types(query.dtype, torch.float32)
         self.query = self.layout.stack(query).to(self.dtype) * (LOG2_E * scale if softcap is None else scale / softcap)
@@ -125,8 +131,10 @@ class Scorer:
         self.everyone = int(first.max()), int(last.min())  # columns every row sees, holes apart
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        for start in range(*self.range, BLOCK):
-            yield start, min(start + BLOCK, self.range[1])
+        """The first is cut where tiles of spans are."""
+        first, last = self.range
+        for start in range(first // SUMMED_AT_ONCE * SUMMED_AT_ONCE, last, BLOCK):
+            yield start, min(start + BLOCK, last)
 
     def scores(self, start: int, end: int) -> Tensor:
         """(B, Hkv, G*T, end - start) in base 2, -inf where a row does not see the column; valid until the next call."""
@@ -200,40 +208,39 @@ def attention_contribution(
     span_sums = SpanSums(spans, visibility.kv_offset, key.shape[2], total, fields=2)
     projection = Projection(scorer.products, direction, value)
     for start, end in scorer.blocks():
-        weights, keep = softmax.add(scorer.scores(start, end), visibility.kv_offset + start)
-        total.mul_(keep).add_(projection.total(weights, start, end, span_sums, softmax.reference))
-    lse = softmax.normaliser(sinks_of(scorer, sinks))
-    to_alpha = weight(softmax.reference, lse)
-    mass, span = span_sums.result(lse)
+        exponentials, keep = softmax.add(scorer.scores(start, end), visibility.kv_offset + start)
+        total.mul_(keep).add_(projection.total(exponentials, start, end, span_sums, softmax.reference))
+    to_alpha = softmax.to_alpha(base_2(scorer, sinks))
+    mass, span = span_sums.result(softmax, base_2(scorer, sinks))
     return Contributions(
         span=layout.unstack(span),
         total=layout.unstack(total * to_alpha),
         mass=layout.unstack(mass),
         total_mass=layout.unstack(softmax.denominator * to_alpha),
-        lse=layout.unstack(natural(lse, softmax, layout, sinks)),
-        argmax=layout.unstack(softmax.largest.slot),
+        lse=layout.unstack(natural_lse(softmax, scorer, sinks)),
+        argmax=layout.unstack(softmax.largest.argmax()),
         **(counts or count_keys(visibility, spans, key.shape[0], key.shape[2]))._asdict(),
     )
 
 
-def sinks_of(scorer: Scorer, sinks: Tensor | None) -> Tensor | None:
-    """(1, Hkv, G*T) in base 2."""
+def base_2(scorer: Scorer, sinks: Tensor | None) -> Tensor | None:
+    """Sinks of the rows, (1, Hkv, G*T), in base 2."""
     return None if sinks is None else scorer.layout.per_head(sinks.to(scorer.dtype)) * LOG2_E
 
 
-def natural(lse: Tensor, softmax: RunningSoftmax, layout: GroupedRows, sinks: Tensor | None) -> Tensor:
-    """A normaliser in the natural logarithm; of a row that sees nothing it is the sink itself."""
-    lse = lse * LN_2
-    return lse if sinks is None else torch.where(softmax.reference == LOWEST, layout.per_head(sinks).to(lse), lse)
+def natural_lse(softmax: RunningSoftmax, scorer: Scorer, sinks: Tensor | None) -> Tensor:
+    """The normaliser in the natural logarithm; of a row that sees nothing it is the sink itself."""
+    lse = softmax.normaliser(base_2(scorer, sinks)) * LN_2
+    return lse if sinks is None else torch.where(softmax.unseen(), scorer.layout.per_head(sinks).to(lse), lse)
 
 
-def softmax_pass(scorer: Scorer, kv_offset: int, spans: SpanOutputs | None = None) -> RunningSoftmax:
+def softmax_pass(scorer: Scorer, spans: SpanOutputs | None = None) -> RunningSoftmax:
     """One pass over the keys."""
     softmax = RunningSoftmax(scorer.query[..., 0])
     for start, end in scorer.blocks():
-        weights, _ = softmax.add(scorer.scores(start, end), kv_offset + start)
+        exponentials, _ = softmax.add(scorer.scores(start, end), scorer.visibility.kv_offset + start)
         if spans is not None:
-            spans.add(start, weights, softmax.reference)
+            spans.add(start, exponentials, softmax.reference)
     return softmax
 
 
@@ -253,15 +260,14 @@ def attention_summary(
     scorer = Scorer(query, key, visibility, scale, softcap)
     layout = scorer.layout
     outputs = SpanOutputs(spans, visibility.kv_offset, scorer.query[..., 0], value)
-    softmax = softmax_pass(scorer, visibility.kv_offset, outputs)
-    lse = softmax.normaliser(sinks_of(scorer, sinks))
-    mass, span_output = outputs.result(lse)
+    softmax = softmax_pass(scorer, outputs)
+    mass, span_output = outputs.result(softmax, base_2(scorer, sinks))
     return Summary(
         span_output=layout.unstack(span_output),
         mass=layout.unstack(mass),
-        total_mass=layout.unstack(softmax.denominator * weight(softmax.reference, lse)),
-        lse=layout.unstack(natural(lse, softmax, layout, sinks)),
-        argmax=layout.unstack(softmax.largest.slot),
+        total_mass=layout.unstack(softmax.denominator * softmax.to_alpha(base_2(scorer, sinks))),
+        lse=layout.unstack(natural_lse(softmax, scorer, sinks)),
+        argmax=layout.unstack(softmax.largest.argmax()),
         **(counts or count_keys(visibility, spans, key.shape[0], key.shape[2]))._asdict(),
     )
 
@@ -292,7 +298,7 @@ def ov_contribution(
         mass=layout.unstack(mass),
         total_mass=layout.unstack(total_mass),
         lse=None,
-        argmax=layout.unstack(largest.slot),
+        argmax=layout.unstack(largest.argmax()),
         visible=spans.new_full((batch, rows), n_keys) if visible is None else visible,
         span_visible=count_span_visible(everything, spans, batch, n_keys),
     )
@@ -312,11 +318,11 @@ def position_contribution(
     """phi itself, (B, H, T, N): one pass for the normaliser, one to write."""
     scorer = Scorer(query, key, visibility, scale, softcap)
     layout = scorer.layout
-    lse = softmax_pass(scorer, 0).normaliser(sinks_of(scorer, sinks))
-    lse = torch.where(lse == -torch.inf, 0.0, lse)
+    softmax = softmax_pass(scorer)
+    to_alpha = softmax.to_alpha(base_2(scorer, sinks))[..., None]
     projection = Projection(scorer.products, layout.stack(direction).to(scorer.dtype), value)
-    phi = lse.new_zeros((*lse.shape, key.shape[2]))
+    phi = to_alpha.new_zeros((*to_alpha.shape[:-1], key.shape[2]))
     for start, end in scorer.blocks():
-        alpha = scorer.scores(start, end).sub_(lse[..., None]).exp2_()
+        alpha = scorer.scores(start, end).sub_(softmax.reference[..., None]).exp2_().mul_(to_alpha)
         phi[..., start:end] = projection.phi(alpha, start, end)
     return layout.unstack(phi)

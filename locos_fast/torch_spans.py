@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from locos_fast.softmax_state import LOWEST, weight
+from locos_fast.softmax_state import RunningSoftmax, lowest
 from locos_fast.span_plan import SpanPlan
 
 SUMMED_AT_ONCE = 128  # columns per sum over spans: a matrix product adds one by one, and the rounding adds up
@@ -15,7 +15,7 @@ class RunningReference:
     """The score of each row to which sums over the blocks are relative."""
 
     def __init__(self, like: Tensor) -> None:
-        self.score = torch.full_like(like, LOWEST)  # (B, Hkv, R)
+        self.score = torch.full_like(like, lowest(like.dtype))  # (B, Hkv, R)
 
     def move(self, score: Tensor, *sums: Tensor) -> None:
         """Make `sums` (B, Hkv, R, ...) relative to `score`. There may be many sums, so they are left alone where no row
@@ -30,13 +30,13 @@ class RunningReference:
 class SpanSums:
     """Sums of fields over the columns of each span: tile by tile, touching only the columns and spans that meet."""
 
-    def __init__(self, spans: Tensor, kv_offset: int, n_keys: int, rows: Tensor, fields: int) -> None:
-        """`rows` is any (B, Hkv, R) tensor of the sums' dtype and device."""
+    def __init__(self, spans: Tensor, kv_offset: int, n_keys: int, like: Tensor, fields: int) -> None:
+        """`like` (B, Hkv, R) has the rows' shape and the sums' dtype and device."""
         columns = (spans - kv_offset).cpu()
-        self.plan = SpanPlan.of(columns, rows.shape[0], n_keys, SUMMED_AT_ONCE, rows.device)
+        self.plan = SpanPlan.of(columns, like.shape[0], n_keys, SUMMED_AT_ONCE, like.device)
         self.low, self.high = self.plan.low.amin(0).tolist(), self.plan.high.amax(0).tolist()
-        self.sums = [rows.new_zeros((*rows.shape, self.plan.start.shape[1])) for _ in range(fields)]
-        self.running = RunningReference(rows)
+        self.sums = [like.new_zeros((*like.shape, self.plan.start.shape[1])) for _ in range(fields)]
+        self.running = RunningReference(like)
 
     def reach(self, start: int, end: int) -> tuple[int, int]:
         """The columns of a block from the first to the last tile that a span meets; empty where none does."""
@@ -71,28 +71,26 @@ class SpanSums:
         start, end = (bound[:, None, spans] for bound in (self.plan.start, self.plan.end))
         return ((column >= start) & (column < end))[:, None].to(self.sums[0].dtype)
 
-    def result(self, lse: Tensor | None = None) -> list[Tensor]:
-        """(B, Hkv, R, S) of each field, in the order the spans were given; weighted by alpha where `lse` (B, Hkv, R) is
+    def result(self, softmax: RunningSoftmax | None = None, sinks: Tensor | None = None) -> list[Tensor]:
+        """(B, Hkv, R, S) of each field, in the order the spans were given; weighted by attention where `softmax` is
         given."""
-        if lse is not None:
-            for each in self.sums:
-                each *= weight(self.running.score, lse)[..., None]
-        return [self.plan.restore_order(each) for each in self.sums]
+        factor = 1.0 if softmax is None else softmax.to_alpha(sinks, self.running.score)[..., None]
+        return [self.plan.restore_order(each * factor) for each in self.sums]
 
 
 class SpanOutputs:
     """Each span's share of the head output, from the exponentials of the one pass over the keys."""
 
-    def __init__(self, spans: Tensor, kv_offset: int, rows: Tensor, value: Tensor) -> None:
-        """`rows` is any (B, Hkv, R) tensor of the sums' dtype and device."""
+    def __init__(self, spans: Tensor, kv_offset: int, like: Tensor, value: Tensor) -> None:
+        """`like` (B, Hkv, R) has the rows' shape and the sums' dtype and device."""
         self.columns = spans - kv_offset  # (B or 1, S, 2)
         self.reach = list(
             zip(self.columns[..., 0].amin(0).tolist(), self.columns[..., 1].amax(0).tolist(), strict=True)
         )
         self.value = value
-        self.mass = rows.new_zeros((*rows.shape, len(self.reach)))
-        self.output = rows.new_zeros((*rows.shape, len(self.reach), value.shape[-1]))
-        self.running = RunningReference(rows)
+        self.mass = like.new_zeros((*like.shape, len(self.reach)))
+        self.output = like.new_zeros((*like.shape, len(self.reach), value.shape[-1]))
+        self.running = RunningReference(like)
 
     def add(self, start: int, exponentials: Tensor, reference: Tensor) -> None:
         """Add a block (B, Hkv, R, n) of exponentials relative to `reference` (B, Hkv, R), with first column `start`."""
@@ -109,7 +107,7 @@ class SpanOutputs:
             self.mass[..., index] += weights.sum(-1)
             self.output[..., index, :] += weights @ self.value[:, :, left:right].to(weights.dtype)
 
-    def result(self, lse: Tensor) -> tuple[Tensor, Tensor]:
+    def result(self, softmax: RunningSoftmax, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
         """mass (B, Hkv, R, S) and output (B, Hkv, R, S, Dv), weighted by alpha."""
-        to_alpha = weight(self.running.score, lse)[..., None]
+        to_alpha = softmax.to_alpha(sinks, self.running.score)[..., None]
         return self.mass * to_alpha, self.output * to_alpha[..., None]

@@ -1,4 +1,5 @@
-"""The Triton kernels on a GPU: the error bound in every dtype and at full length, equal bits, no waiting host."""
+"""The Triton kernels and the torch backend on a GPU: the error bound in every dtype and at full length, equal bits, no
+waiting host."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from tests.attention_problem import (
     random_problem,
     random_weights_problem,
 )
-from tests.error_bound import contribution_bound, summary_bound, weights_bound
+from tests.error_bound import assert_positions_within_bound, contribution_bound, summary_bound, weights_bound
 
 pytestmark = pytest.mark.gpu
 
@@ -55,6 +56,19 @@ def assert_identical(a: tuple, b: tuple) -> None:
 
 
 # the error bound -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_torch_backend_is_within_the_error_bound_too(dtype):
+    """It stands in where the kernels do not go: float64, and contributions of every position."""
+    keys = 2000
+    options = {"dtype": dtype, "batch": 2, "group": 3, "rows": 5, "spans": [(0, 1), (700, 1100)], "device": DEVICE}
+    problem = random_problem(keys=keys, visibility=causal(5, keys, window=1500), **options)
+    contribution_bound(problem).check(problem.contributions("torch"))
+    summary_bound(problem).check(problem.summary("torch"))
+    assert_positions_within_bound(problem, "torch")
+    weights = random_weights_problem(keys=keys, **options)
+    weights_bound(weights).check(weights.contributions("torch"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

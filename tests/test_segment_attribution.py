@@ -61,6 +61,18 @@ def test_the_needle_as_a_segment_is_its_l_plus(family: str) -> None:
     assert_close(np.where(seeing, result[..., 1], np.nan), scores.l_plus, TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_next"])
+def test_autocast_rounds_the_forward_pass_but_not_the_sums(family: str) -> None:
+    """L+ and the attribution are summed from the same rounded keys and values, in two different ways."""
+    model, ids = family_model(family), tokens(1, LENGTH)
+    plain = score_tokens(model, ids, (20, 24), ANSWER).l_plus
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        l_plus = score_tokens(model, ids, (20, 24), ANSWER).l_plus
+        result = attribute_tokens(model, ids, ANSWER, [(20, 24)])[..., 0]
+    assert_close(result, l_plus, TOLERANCE[torch.float32])
+    assert np.nanmax(np.abs(l_plus - plain)) > 1e-3 * np.nanmax(np.abs(plain))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_a_needle_that_some_rows_see_counts_with_their_share(family: str, dtype: torch.dtype) -> None:
