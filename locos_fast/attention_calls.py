@@ -37,8 +37,9 @@ Sums = TypeVar("Sums", Summary, Contributions)
 def _autocast_dtype(query: Tensor) -> torch.dtype | None:
     """What autocast turns queries, keys and values into before they are multiplied, None where it leaves them alone."""
     device = query.device.type
-    casts = torch.is_autocast_enabled(device) and query.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if casts else None
+    if query.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 class RowsCall(NamedTuple):
