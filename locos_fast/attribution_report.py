@@ -26,7 +26,7 @@ TEXT_WIDTH = 120  # characters of a passage in a table
 
 def passages_table(result: PassageAttribution, k: int) -> Table:
     """The k passages from which most was written toward the answer, all heads together."""
-    table = Table(title=f"Top {k} passages by what all heads wrote from them (norm=none: logits without the final norm)")
+    table = Table(title=f"Top {k} passages by what all heads wrote from them (logits before the final norm)")
     for column in ("rank", "logits", "tokens", "most by"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("text")  # the one column that shrinks, see `one_line`
@@ -39,7 +39,7 @@ def passages_table(result: PassageAttribution, k: int) -> Table:
 
 def pairs_table(result: PassageAttribution, k: int) -> Table:
     """The k (head, passage) pairs with the largest logits."""
-    table = Table(title=f"Top {k} pairs of head and passage (norm=none: logits without the final norm)")
+    table = Table(title=f"Top {k} pairs of head and passage (logits before the final norm)")
     for column in ("head", "logits", "tokens"):
         table.add_column(column, justify="left" if column == "head" else "right", no_wrap=True)
     table.add_column("text")  # the one column that shrinks, see `one_line`

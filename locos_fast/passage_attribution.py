@@ -32,7 +32,7 @@ class Passage(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """What one head wrote from one passage, in logits without the final norm."""
+    """What one head wrote from one passage, in logits before the final norm."""
 
     head: Head
     passage: int

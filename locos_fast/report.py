@@ -22,7 +22,9 @@ MARKS = {"planted": ("s", "black"), "read_only": ("o", "tab:orange"), "write_onl
 
 def scores_table(scores: HeadScores, k: int) -> Table:
     """The k best heads with L+, L- and S, in logits."""
-    table = Table(title=f"Top {k} heads by LOCOS score (logits, norm={scores.meta.get('norm')})")
+    norm = scores.meta.get("norm")
+    unit = "logits" if norm == "frozen" else "logits before the final norm"
+    table = Table(title=f"Top {k} heads by LOCOS score ({unit}, norm={norm})")
     for column in ("head", "S = L+ - L-", "L+", "L-", "DLA", "attention-spatial", "Wu"):
         table.add_column(column, justify="left" if column == "head" else "right")
     for head in scores.top(k):
