@@ -23,7 +23,7 @@ from locos_fast.architecture import AttentionLayer, UnsupportedModelError, atten
 from locos_fast.attention_registry import RecordingError, registry
 from locos_fast.contributions import Contributions, Summary
 from locos_fast.cost import Stopwatch, timed
-from locos_fast.exact import exact
+from locos_fast.exact import exact, multiplied_as
 from locos_fast.mask_reading import Call, RowsSeen, read_visibility, select_rows
 from locos_fast.visibility import KeyCounts, count_keys
 
@@ -32,14 +32,6 @@ UNSUPPORTED_ARGUMENTS = ("indices", "block_indices", "position_bias", "cache")  
 BEFORE_HEADS = ("visible", "span_visible")  # fields of a result that have no axis of heads: (B, T, ...)
 
 Sums = TypeVar("Sums", Summary, Contributions)
-
-
-def _autocast_dtype(query: Tensor) -> torch.dtype | None:
-    """What autocast turns queries, keys and values into before they are multiplied, None where it leaves them alone."""
-    device = query.device.type
-    if query.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return None
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 class RowsCall(NamedTuple):
@@ -53,9 +45,7 @@ class RowsCall(NamedTuple):
     value: Tensor  # (B, Hkv, N, Dv)
     output: Tensor  # (B, T, H, Dv) head outputs before the output projection
     seen: list[RowsSeen]
-    counts: Sequence[
-        KeyCounts | None
-    ]  # of each entry of `seen`, for the spans recorded; None where others are asked for
+    counts: Sequence[KeyCounts | None]  # of each entry of `seen` for the recorded spans; None if others are asked for
     attention: dict[str, Any]  # scale, softcap, sinks, backend, as `locos_fast.ops` takes them
 
     def summary(self, spans: Tensor) -> Summary:
@@ -172,7 +162,6 @@ class AnswerRows:
     def after_forward(self, *_: Any) -> None:
         self.read_in_forward.clear()
 
-    @torch.no_grad()
     def observe(
         self,
         module: nn.Module,
@@ -194,10 +183,12 @@ class AnswerRows:
         inside = (local >= 0) & (local < n_queries)  # (B or 1, T)
         steps = inside.any(0).nonzero()[:, 0]
         if len(steps):
-            dtype = _autocast_dtype(qkv[0])
-            with timed(self.watch, output.device), exact():
-                qkv = qkv if dtype is None else (qkv[0].to(dtype), qkv[1].to(dtype), qkv[2].to(dtype))
-                self._hand_over(layer, implementation, qkv, mask, output, kwargs, end, steps, inside[:, steps])
+            with timed(self.watch, output.device):
+                query, key, value = (x.to(multiplied_as(x.dtype, x.device)) for x in qkv)
+                with exact():
+                    self._hand_over(
+                        layer, implementation, (query, key, value), mask, output, kwargs, end, steps, inside[:, steps]
+                    )
 
     def _hand_over(
         self,

@@ -16,3 +16,10 @@ def exact() -> Iterator[None]:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+def multiplied_as(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which the matrix products of the caller's forward pass take tensors of `dtype`."""
+    if dtype == torch.float64 or not torch.amp.is_autocast_available(device.type):
+        return dtype
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype

@@ -47,19 +47,17 @@ class RunningLargest:
 class RunningSoftmax:
     """What the keys seen so far leave of the softmax of every row; rows of any shape."""
 
-    def __init__(self, like: Tensor) -> None:
-        """`like` has the rows' shape and the scores' dtype and device."""
+    def __init__(self, like: Tensor, sinks: Tensor | None = None) -> None:
+        """`like` has the rows' shape and the scores' dtype and device. `sinks`, natural, broadcasts to the rows and
+        enters normaliser and weights only."""
         self.largest = RunningLargest(like, lowest(like.dtype))
         self.denominator = torch.zeros_like(like)  # sum of exp2(score - reference)
+        self.sinks = None if sinks is None else sinks.to(like).expand_as(like)
 
     @property
     def reference(self) -> Tensor:
         """The largest score so far, `lowest` of a row that has seen nothing."""
         return self.largest.score
-
-    def unseen(self) -> Tensor:
-        """Whether a row has seen nothing."""
-        return self.reference == lowest(self.reference.dtype)
 
     def add(self, scores: Tensor, first_slot: int) -> tuple[Tensor, Tensor]:
         """Take in the scores (..., n) of the next slots, -inf where a row does not see a key.
@@ -74,17 +72,24 @@ class RunningSoftmax:
         self.denominator.mul_(keep).add_(exponentials.sum(-1))
         return exponentials, keep
 
-    def normaliser(self, sinks: Tensor | None = None) -> Tensor:
-        """Log-sum-exp in base 2, -inf where nothing is seen; `sinks` broadcasts to the rows and enters only here."""
-        lse = torch.where(self.unseen(), -torch.inf, self.reference + self.denominator.log2())
-        return lse if sinks is None else torch.logaddexp2(lse, sinks.to(lse).expand_as(lse))
+    def lse(self) -> Tensor:
+        """Log-sum-exp, natural; -inf, or the sink itself, where nothing is seen."""
+        lse = (self.reference + self.denominator.log2()) * LN_2
+        if self.sinks is not None:
+            lse = torch.logaddexp(lse, self.sinks)
+        return torch.where(self._unseen(), -torch.inf if self.sinks is None else self.sinks, lse)
 
-    def to_alpha(self, sinks: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
+    def to_alpha(self, reference: Tensor | None = None) -> Tensor:
         """What turns sums relative to `reference`, by default the one of now, into sums weighted by attention; 0 for
         rows that see nothing. By way of the normaliser it would lose digits where that is large."""
-        denominator = self.denominator if sinks is None else self.denominator + (sinks - self.reference).exp2()
-        factor = torch.where(self.unseen(), 0.0, 1 / denominator)
+        denominator = self.denominator
+        if self.sinks is not None:
+            denominator = denominator + (self.sinks * LOG2_E - self.reference).exp2()
+        factor = torch.where(self._unseen(), 0.0, 1 / denominator)
         return factor if reference is None else factor * (reference - self.reference).exp2()
+
+    def _unseen(self) -> Tensor:
+        return self.reference == lowest(self.reference.dtype)
 
 
 def lowest(dtype: torch.dtype) -> float:

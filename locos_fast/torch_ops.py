@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from locos_fast.contributions import Contributions, Summary
-from locos_fast.softmax_state import LN_2, LOG2_E, RunningLargest, RunningSoftmax
+from locos_fast.softmax_state import LOG2_E, RunningLargest, RunningSoftmax
 from locos_fast.torch_spans import SUMMED_AT_ONCE, SpanOutputs, SpanSums
 from locos_fast.visibility import KeyCounts, Visibility, count_keys, count_span_visible
 
@@ -56,7 +56,7 @@ class Products:
     """Products of the stacked rows with one block of keys or values after another, in float32 at least.
 
     A block is copied, converted if need be, and multiplied from the copy, which a CPU keeps in the caches of its cores;
-    straight from memory a product takes a tenth longer. Up to four heads per thread go into one product. Operators on
+    straight from memory products of scores take longer. Up to four heads per thread go into one product. Operators on
     all heads then give each thread what it wrote itself: where cores share no cache, the other's half takes longer to
     come than to multiply. More heads, or several prompts, take turns.
     Buffers are reused: fresh memory pages cost as much as the products.
@@ -115,13 +115,22 @@ class Products:
 
 
 class Scorer:
-    """Scores of stacked rows against one block of keys after another, masked by visibility."""
+    """Scores of stacked rows against one block of keys after another, masked by visibility, and their softmax."""
 
-    def __init__(self, query: Tensor, key: Tensor, visibility: Visibility, scale: float, softcap: float | None) -> None:
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        visibility: Visibility,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> None:
         self.softcap, self.visibility = softcap, visibility
         self.layout = GroupedRows.of(query, key.shape[1])
         self.dtype = torch.promote_types(query.dtype, torch.float32)
         self.query = self.layout.stack(query).to(self.dtype) * (LOG2_E * scale if softcap is None else scale / softcap)
+        self.softmax = RunningSoftmax(self.query[..., 0], None if sinks is None else self.layout.per_head(sinks))
         self.products = Products(self.query)
         self.query_parts, self.key_parts = self.products.cut(self.query), self.products.cut(key)
         first, last = visibility.columns(query.shape[0])
@@ -143,6 +152,10 @@ class Scorer:
             scores = scores.tanh_().mul_(LOG2_E * self.softcap)
         self._hide(scores, start, end)
         return scores
+
+    def exponentials(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """The scores taken into the softmax; see `RunningSoftmax.add`."""
+        return self.softmax.add(self.scores(start, end), self.visibility.kv_offset + start)
 
     def _hide(self, scores: Tensor, start: int, end: int) -> None:
         """-inf where a row does not see the column; most blocks have no such column, most others a few at one end."""
@@ -200,48 +213,26 @@ def attention_contribution(
     counts: KeyCounts | None = None,
 ) -> Contributions:
     """Sums of phi from queries, keys and values: online softmax with scalar payloads (total, spans, span masses)."""
-    scorer = Scorer(query, key, visibility, scale, softcap)
-    layout = scorer.layout
+    scorer = Scorer(query, key, visibility, scale, softcap, sinks)
+    layout, softmax = scorer.layout, scorer.softmax
     direction = layout.stack(direction).to(scorer.dtype)
-    softmax = RunningSoftmax(scorer.query[..., 0])
     total = torch.zeros_like(softmax.denominator)
     span_sums = SpanSums(spans, visibility.kv_offset, key.shape[2], total, fields=2)
     projection = Projection(scorer.products, direction, value)
     for start, end in scorer.blocks():
-        exponentials, keep = softmax.add(scorer.scores(start, end), visibility.kv_offset + start)
+        exponentials, keep = scorer.exponentials(start, end)
         total.mul_(keep).add_(projection.total(exponentials, start, end, span_sums, softmax.reference))
-    to_alpha = softmax.to_alpha(base_2(scorer, sinks))
-    mass, span = span_sums.result(softmax, base_2(scorer, sinks))
+    to_alpha = softmax.to_alpha()
+    mass, span = span_sums.result(softmax)
     return Contributions(
         span=layout.unstack(span),
         total=layout.unstack(total * to_alpha),
         mass=layout.unstack(mass),
         total_mass=layout.unstack(softmax.denominator * to_alpha),
-        lse=layout.unstack(natural_lse(softmax, scorer, sinks)),
+        lse=layout.unstack(softmax.lse()),
         argmax=layout.unstack(softmax.largest.argmax()),
         **(counts or count_keys(visibility, spans, key.shape[0], key.shape[2]))._asdict(),
     )
-
-
-def base_2(scorer: Scorer, sinks: Tensor | None) -> Tensor | None:
-    """Sinks of the rows, (1, Hkv, G*T), in base 2."""
-    return None if sinks is None else scorer.layout.per_head(sinks.to(scorer.dtype)) * LOG2_E
-
-
-def natural_lse(softmax: RunningSoftmax, scorer: Scorer, sinks: Tensor | None) -> Tensor:
-    """The normaliser in the natural logarithm; of a row that sees nothing it is the sink itself."""
-    lse = softmax.normaliser(base_2(scorer, sinks)) * LN_2
-    return lse if sinks is None else torch.where(softmax.unseen(), scorer.layout.per_head(sinks).to(lse), lse)
-
-
-def softmax_pass(scorer: Scorer, spans: SpanOutputs | None = None) -> RunningSoftmax:
-    """One pass over the keys."""
-    softmax = RunningSoftmax(scorer.query[..., 0])
-    for start, end in scorer.blocks():
-        exponentials, _ = softmax.add(scorer.scores(start, end), scorer.visibility.kv_offset + start)
-        if spans is not None:
-            spans.add(start, exponentials, softmax.reference)
-    return softmax
 
 
 def attention_summary(
@@ -257,16 +248,18 @@ def attention_summary(
     counts: KeyCounts | None = None,
 ) -> Summary:
     """The lean path: one pass over the keys; values are read only inside the spans."""
-    scorer = Scorer(query, key, visibility, scale, softcap)
-    layout = scorer.layout
+    scorer = Scorer(query, key, visibility, scale, softcap, sinks)
+    layout, softmax = scorer.layout, scorer.softmax
     outputs = SpanOutputs(spans, visibility.kv_offset, scorer.query[..., 0], value)
-    softmax = softmax_pass(scorer, outputs)
-    mass, span_output = outputs.result(softmax, base_2(scorer, sinks))
+    for start, end in scorer.blocks():
+        exponentials, _ = scorer.exponentials(start, end)
+        outputs.add(start, exponentials, softmax.reference)
+    mass, span_output = outputs.result(softmax)
     return Summary(
         span_output=layout.unstack(span_output),
         mass=layout.unstack(mass),
-        total_mass=layout.unstack(softmax.denominator * softmax.to_alpha(base_2(scorer, sinks))),
-        lse=layout.unstack(natural_lse(softmax, scorer, sinks)),
+        total_mass=layout.unstack(softmax.denominator * softmax.to_alpha()),
+        lse=layout.unstack(softmax.lse()),
         argmax=layout.unstack(softmax.largest.argmax()),
         **(counts or count_keys(visibility, spans, key.shape[0], key.shape[2]))._asdict(),
     )
@@ -316,10 +309,11 @@ def position_contribution(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """phi itself, (B, H, T, N): one pass for the normaliser, one to write."""
-    scorer = Scorer(query, key, visibility, scale, softcap)
-    layout = scorer.layout
-    softmax = softmax_pass(scorer)
-    to_alpha = softmax.to_alpha(base_2(scorer, sinks))[..., None]
+    scorer = Scorer(query, key, visibility, scale, softcap, sinks)
+    layout, softmax = scorer.layout, scorer.softmax
+    for block in scorer.blocks():
+        scorer.exponentials(*block)
+    to_alpha = softmax.to_alpha()[..., None]
     projection = Projection(scorer.products, layout.stack(direction).to(scorer.dtype), value)
     phi = to_alpha.new_zeros((*to_alpha.shape[:-1], key.shape[2]))
     for start, end in scorer.blocks():

@@ -71,10 +71,10 @@ class SpanSums:
         start, end = (bound[:, None, spans] for bound in (self.plan.start, self.plan.end))
         return ((column >= start) & (column < end))[:, None].to(self.sums[0].dtype)
 
-    def result(self, softmax: RunningSoftmax | None = None, sinks: Tensor | None = None) -> list[Tensor]:
+    def result(self, softmax: RunningSoftmax | None = None) -> list[Tensor]:
         """(B, Hkv, R, S) of each field, in the order the spans were given; weighted by attention where `softmax` is
         given."""
-        factor = 1.0 if softmax is None else softmax.to_alpha(sinks, self.running.score)[..., None]
+        factor = 1.0 if softmax is None else softmax.to_alpha(self.running.score)[..., None]
         return [self.plan.restore_order(each * factor) for each in self.sums]
 
 
@@ -107,7 +107,7 @@ class SpanOutputs:
             self.mass[..., index] += weights.sum(-1)
             self.output[..., index, :] += weights @ self.value[:, :, left:right].to(weights.dtype)
 
-    def result(self, softmax: RunningSoftmax, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    def result(self, softmax: RunningSoftmax) -> tuple[Tensor, Tensor]:
         """mass (B, Hkv, R, S) and output (B, Hkv, R, S, Dv), weighted by alpha."""
-        to_alpha = softmax.to_alpha(sinks, self.running.score)[..., None]
+        to_alpha = softmax.to_alpha(self.running.score)[..., None]
         return self.mass * to_alpha, self.output * to_alpha[..., None]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from locos_fast.softmax_state import LN_2, RunningLargest, RunningSoftmax, position_of_largest
+from tests.tiny_models import one_thread
 
 ROWS = 40  # of which an eighth, 5, are few
 SHARE = 2.0**-43
@@ -18,12 +19,9 @@ FIRST_SLOT = 1000
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors here are small; threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def single_thread():
+    with one_thread():
+        yield
 
 
 def random_scores(n: int, *, hidden: float = 0.2, seed: int = 0) -> Tensor:
@@ -34,9 +32,11 @@ def random_scores(n: int, *, hidden: float = 0.2, seed: int = 0) -> Tensor:
     return scores.masked_fill(torch.rand(ROWS, n) < hidden, -torch.inf)
 
 
-def run(scores: Tensor, ends: list[int], values: Tensor | None = None) -> tuple[RunningSoftmax, Tensor]:
+def run(
+    scores: Tensor, ends: list[int], values: Tensor | None = None, sinks: Tensor | None = None
+) -> tuple[RunningSoftmax, Tensor]:
     """The softmax of blocks that end at `ends`, and the sum of values (n,) weighted along the way."""
-    softmax = RunningSoftmax(scores[:, 0])
+    softmax = RunningSoftmax(scores[:, 0], sinks)
     total = torch.zeros(ROWS, dtype=torch.float64)
     for start, end in zip([0, *ends], [*ends, scores.shape[-1]], strict=True):
         if start < end:
@@ -55,9 +55,9 @@ def test_any_cut_of_the_keys_gives_one_softmax(seed, n, data):
 
     seen = scores.isfinite().any(-1)
     alpha = (scores * LN_2).softmax(-1).nan_to_num(0.0)  # a row that sees nothing
-    lse = softmax.normaliser()
+    lse = softmax.lse()
     assert torch.equal(lse == -torch.inf, ~seen)
-    assert ((lse * LN_2 - (scores * LN_2).logsumexp(-1))[seen].abs() <= SHARE * (1 + lse[seen].abs())).all()
+    assert ((lse - (scores * LN_2).logsumexp(-1))[seen].abs() <= SHARE * (1 + lse[seen].abs())).all()
     slots = torch.where(seen, scores.argmax(-1) + FIRST_SLOT, -1)
     assert torch.equal(softmax.largest.argmax(), slots)
     to_alpha = softmax.to_alpha()
@@ -87,11 +87,11 @@ def test_rows_are_independent():
     scores[0, 10:] = scores[1, :10] = scores[2] = -torch.inf
     softmax, _ = run(scores, [10])
     for row, part in ((0, scores[0, :10]), (1, scores[1, 10:]), (3, scores[3])):
-        exact = (part * LN_2).logsumexp(-1) / LN_2
-        assert (softmax.normaliser()[row] - exact).abs() <= SHARE * (1 + exact.abs())
+        exact = (part * LN_2).logsumexp(-1)
+        assert (softmax.lse()[row] - exact).abs() <= SHARE * (1 + exact.abs())
     assert softmax.largest.slot[2] == -1
     assert softmax.denominator[2] == 0
-    assert softmax.normaliser()[2] == -torch.inf
+    assert softmax.lse()[2] == -torch.inf
     assert softmax.to_alpha()[2] == 0
 
 
@@ -149,10 +149,10 @@ def test_a_sink_enters_normaliser_and_weights_only():
     scores = random_scores(20)
     scores[1] = -torch.inf
     sinks = 30 * torch.randn(ROWS, dtype=torch.float64)
-    softmax, _ = run(scores, [7])
-    with_sinks = torch.cat([scores, sinks[:, None]], -1).mul(LN_2)
-    exact = with_sinks.logsumexp(-1) / LN_2
-    assert ((softmax.normaliser(sinks) - exact).abs() <= SHARE * (1 + exact.abs())).all()
-    assert softmax.normaliser(sinks)[1] == sinks[1]
+    softmax, _ = run(scores, [7], sinks=sinks)
+    with_sinks = torch.cat([scores * LN_2, sinks[:, None]], -1)
+    exact = with_sinks.logsumexp(-1)
+    assert ((softmax.lse() - exact).abs() <= SHARE * (1 + exact.abs())).all()
+    assert softmax.lse()[1] == sinks[1]
     seen = with_sinks.softmax(-1)[:, :-1].sum(-1)
-    assert ((softmax.denominator * softmax.to_alpha(sinks) - seen).abs() <= 2**7 * SHARE).all()
+    assert ((softmax.denominator * softmax.to_alpha() - seen).abs() <= 2**7 * SHARE).all()
