@@ -40,7 +40,7 @@ unit-tests: $(READY)
 # Triton decides at import whether kernels are interpreted, hence a process of its own. No Triton outside Linux.
 interpreter-tests: $(READY)
 ifeq ($(shell uname),Linux)
-	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter -m "$(MARKERS)" $(PYTEST_ARGS) $(NOTHING_CHOSEN)
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/interpreter -m "$(MARKERS)" $(PYTEST_ARGS) $(NOTHING_CHOSEN)
 endif
 
 check: $(READY) ## style and types: ruff, mypy
@@ -52,7 +52,7 @@ bench: $(READY) ## benchmarks: ARGS="..." are passed on
 	$(BIN)/python -m benchmarks $(ARGS)
 
 aot: $(AOT_READY) ## compile the kernels ahead of time, no GPU needed; TRITON=3.6.0 chooses the version
-	$(AOT_VENV)/bin/python tests/aot_gate.py
+	$(AOT_VENV)/bin/python tests/kernels/aot_gate.py
 
 clean: ## remove what was built and cached; the environments (.venv*) stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

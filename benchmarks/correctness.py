@@ -2,7 +2,7 @@
 
     |provider - f64|  <=  2 * max|naive - f64|  +  8 * 2^-24 * size
 
-f64 is `locos_fast.reference` in float64; naive is the same in the dtype of the case, and in float32 (as results are);
+f64 is `ops.reference` in float64; naive is the same in the dtype of the case, and in float32 (as results are);
 size is sum_j alpha_j c_j (|w| . |v_j|) over the keys of the sum, c_j = 1 + scale |q| . |k_j|: what float32 may round.
 """
 
@@ -18,7 +18,8 @@ from torch import Tensor
 from benchmarks.geometries import Case, Geometry
 from benchmarks.problem import Problem
 from benchmarks.providers import PROVIDERS, Provider, Terms, terms
-from locos_fast import ops, reference
+from locos_fast.ops import reference
+from locos_fast.ops.arguments import span_table
 
 SMALL = (
     Geometry("small", 8, 2, 64),
@@ -86,7 +87,7 @@ def bound(problem: Problem) -> tuple[Terms, Terms]:
 def naive_terms(problem: Problem, dtype: torch.dtype) -> Terms:
     """The definition in `dtype`."""
     query, key, value, direction = (x.to(dtype) for x in (problem.query, problem.key, problem.value, problem.direction))
-    spans = ops.span_table(problem.spans, 1).to(problem.device)
+    spans = span_table(problem.spans, 1).to(problem.device)
     sums = reference.attention_contribution(
         query, key, value, direction, spans, problem.visibility, scale=problem.scale
     )

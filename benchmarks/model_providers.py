@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.model_cases import ModelCase
 from locos_fast import attribute_tokens, score_tokens
-from locos_fast.answer_pass import answer_logits
+from locos_fast.models.answer_pass import answer_logits
 
 FORWARD, AGAIN = "forward", "forward.again"
 SCORE, FROZEN, CHUNKED = "score_tokens", "score_tokens.frozen", "score_tokens.chunked"

@@ -1,6 +1,6 @@
 """The kernel variants that are shipped, compiled ahead of time, and what the compiled code uses. Needs Triton only.
 
-`tests/aot_gate.py` fails on what must not be; `benchmarks/static.py` tabulates the rest.
+`tests/kernels/aot_gate.py` fails on what must not be; `benchmarks/static.py` tabulates the rest.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The tile table: how much of the keys one program holds at a time, per architecture, element size and bytes per key.
 
 A fixed table instead of autotuning: the same inputs give the same bits on the same architecture, and no user process
-stops to time candidates. `tests/aot_gate.py` compiles every row for its architecture and fails on register spills, on
-shared memory above the limit and on narrow loads. benchmarks/NOTES.md says which rows were timed.
+stops to time candidates. `tests/kernels/aot_gate.py` compiles every row for its architecture and fails on register
+spills, on shared memory above the limit and on narrow loads. benchmarks/NOTES.md says which rows were timed.
 """
 
 from __future__ import annotations

@@ -9,13 +9,14 @@ are known in `locos_fast.planted`.
 """
 
 from locos_fast._version import __version__
-from locos_fast.ablation import ablate, layer_matched_heads
-from locos_fast.architecture import UnsupportedModelError
-from locos_fast.head_scores import HeadScores
-from locos_fast.recording import record
-from locos_fast.scoring import LocosScorer, score_tokens
-from locos_fast.segment_attribution import attribute_tokens
-from locos_fast.trials import Trial
+from locos_fast.causal.ablation import ablate, layer_matched_heads
+from locos_fast.models.architecture import UnsupportedModelError
+from locos_fast.prompts.trials import Trial
+from locos_fast.scoring.attribute_tokens import attribute_tokens
+from locos_fast.scoring.head_scores import HeadScores
+from locos_fast.scoring.recording import record
+from locos_fast.scoring.score import score_tokens
+from locos_fast.scoring.scorer import LocosScorer
 
 __all__ = [
     "HeadScores",

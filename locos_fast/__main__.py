@@ -1,5 +1,5 @@
 """`python -m locos_fast` is the command line."""
 
-from locos_fast.cli import main
+from locos_fast.cli.app import main
 
 main()

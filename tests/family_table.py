@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 from transformers import AutoModelForCausalLM, FalconConfig, MambaConfig, PreTrainedModel
 
-from locos_fast.architecture import UnsupportedModelError
-from locos_fast.diagnosis import Diagnosis, diagnose
-from tests.architecture_models import FAMILIES, build
+from locos_fast.models.architecture import UnsupportedModelError
+from locos_fast.scoring.diagnosis import Diagnosis, diagnose
+from tests.oracles.architecture_models import FAMILIES, build
 
 # families that no version of this library records
 REFUSED = (

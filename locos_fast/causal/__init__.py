@@ -1,0 +1,1 @@
+"""Whether the heads that were found do the work: ablation and its controls."""

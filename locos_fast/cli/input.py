@@ -1,0 +1,47 @@
+"""What commands are given, a text file and a model, with one clear line for everything that can be wrong with it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from locos_fast.models.memory_estimate import Segments
+
+
+def read_text(path: Path, argument: str, *, newline: str | None = None) -> str:
+    r"""The text of a UTF-8 file; newlines become "\n" unless `newline` is "". Raises ValueError naming `argument`."""
+    if not path.is_file():
+        raise ValueError(f"{argument}: no file {str(path)!r}")
+    try:
+        with path.open(encoding="utf-8", newline=newline) as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{argument}: {str(path)!r} is not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from error
+
+
+def load_model(source: Any, tokens: int, argument: str, summed: Segments | None = None) -> tuple[Any, int]:
+    """The model, and the bytes that a forward over `tokens` tokens needs; refused if the machine lacks them.
+
+    `argument` is where the tokens come from, for the error message; `summed` what an attribution sums.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    from locos_fast.models.memory_estimate import estimate, refuse_if_too_large
+
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # in a log it is noise around the one line that matters
+    config = source.config()
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        raise ValueError(f"{argument}: a prompt of {tokens} tokens is longer than the model's {positions} positions")
+    dtype = source.torch_dtype(config)
+    if source.device_map is None:  # with one, accelerate places what does not fit elsewhere
+        device = source.torch_device()
+        needed = refuse_if_too_large(config, tokens, dtype, source.attn_implementation, device, summed)
+    else:
+        needed = estimate(config, tokens, dtype, source.attn_implementation, summed)
+    return source.load(), needed.total

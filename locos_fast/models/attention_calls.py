@@ -1,0 +1,275 @@
+"""The one door into a model: its attention calls, cut down to the answer rows, while it runs.
+
+`attention_calls` wraps the attention implementation the model already uses, in transformers' own registry, and lets it
+do its work. Names, masks and configuration are never touched, so the model's outputs are bit-identical, and the
+registry is put back on exit, also after an exception. What is done with a call is the caller's business: `recording`
+keeps summaries, `segment_attribution` sums contributions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from locos_fast import ops
+from locos_fast.models.architecture import AttentionLayer, UnsupportedModelError, attention_layers, decoder
+from locos_fast.models.attention_registry import RecordingError, registry
+from locos_fast.models.cost import Stopwatch, timed
+from locos_fast.models.forward_inputs import ForwardInputs, read_forward
+from locos_fast.models.mask_reading import Call, RowsSeen, read_visibility, select_rows
+from locos_fast.ops.arguments import checked_spans, span_table
+from locos_fast.ops.contributions import Contributions, Summary
+from locos_fast.ops.exact import exact, multiplied_as
+from locos_fast.ops.visibility import KeyCounts, count_keys
+
+UNSUPPORTED_ARGUMENTS = ("indices", "block_indices", "position_bias", "cache")  # sparse, biased or paged attention
+
+BEFORE_HEADS = ("visible", "span_visible")  # fields of a result that have no axis of heads: (B, T, ...)
+
+Sums = TypeVar("Sums", Summary, Contributions)
+
+
+class RowsCall(NamedTuple):
+    """One attention call at the answer rows that it computed; what it refers to does not outlive the layer."""
+
+    layer: AttentionLayer
+    steps: Tensor  # which of the answer rows these are, (T,) int64 on the CPU
+    inside: Tensor  # (B or 1, T) bool on the CPU: batch rows whose row was computed in this call
+    query: Tensor  # (B, H, T, D)
+    key: Tensor  # (B, Hkv, N, D)
+    value: Tensor  # (B, Hkv, N, Dv)
+    output: Tensor  # (B, T, H, Dv) head outputs before the output projection
+    seen: list[RowsSeen]
+    counts: Sequence[KeyCounts | None]  # of each entry of `seen` for the recorded spans; None if others are asked for
+    attention: dict[str, Any]  # scale, softcap, sinks, backend, as `locos_fast.ops` takes them
+
+    def summary(self, spans: Tensor) -> Summary:
+        """`ops.attention_summary` of all rows."""
+        return self._over_rows(
+            lambda seen, counts: ops.attention_summary(
+                self._of(self.query, seen),
+                self.key,
+                self.value,
+                spans,
+                seen.visibility,
+                counts=counts,
+                **self.attention,
+            )
+        )
+
+    def contribution(self, direction: Tensor, spans: Tensor) -> Contributions:
+        """`ops.attention_contribution` of all rows; `direction` is (B, H, T, Dv)."""
+        return self._over_rows(
+            lambda seen, counts: ops.attention_contribution(
+                self._of(self.query, seen),
+                self.key,
+                self.value,
+                self._of(direction, seen),
+                spans,
+                seen.visibility,
+                counts=counts,
+                **self.attention,
+            )
+        )
+
+    def _of(self, x: Tensor, seen: RowsSeen) -> Tensor:
+        return x if len(seen.steps) == x.shape[2] else x[:, :, seen.steps]
+
+    def _over_rows(self, compute: Callable[[RowsSeen, KeyCounts | None], Sums]) -> Sums:
+        """Rows whose keys have different holes are computed one by one."""
+        parts = [compute(seen, counts) for seen, counts in zip(self.seen, self.counts, strict=True)]
+        if len(parts) == 1:
+            return parts[0]
+        fields = zip(parts[0]._fields, zip(*parts, strict=True), strict=True)
+        return type(parts[0])(*(torch.cat(field, 1 if name in BEFORE_HEADS else 2) for name, field in fields))
+
+
+@contextlib.contextmanager
+def attention_calls(
+    model: PreTrainedModel,
+    rows: Sequence[int] | Tensor,
+    spans: ops.Spans,
+    backend: str,
+    receive: Callable[[RowsCall], None],
+    watch: Stopwatch | None = None,
+) -> Iterator[AnswerRows]:
+    """Hand every attention call that computes answer rows to `receive` while the model runs inside the context.
+
+    rows: slots of the query rows, (T,) or (B, T). spans: whose visible keys are counted, see `ops.Spans`.
+    watch: adds up the time that observing takes.
+
+    Raises UnsupportedModelError for models that cannot be recorded, ValueError for rows and spans that do not fit, and
+    RecordingError for nested recordings of one model.
+    """
+    observer = AnswerRows(model, rows, spans, backend, receive, watch)
+    hooks = [
+        observer.decoder.register_forward_pre_hook(observer.before_forward, with_kwargs=True),
+        observer.decoder.register_forward_hook(observer.after_forward, always_call=True),
+    ]
+    try:
+        with registry.lend((layer.module for layer in observer.layers), observer):
+            yield observer
+    finally:
+        for hook in hooks:
+            hook.remove()
+        observer.after_forward()
+
+
+class MaskRead(NamedTuple):
+    """What one distinct mask of a forward pass lets the answer rows see; the same for all layers that are given it."""
+
+    mask: Callable[[], Any]  # a dead mask's id may serve another one
+    seen: list[RowsSeen]
+    counts: list[KeyCounts]
+
+
+class AnswerRows:
+    """Observes the attention layers of one model and cuts their calls down to the answer rows."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rows: Sequence[int] | Tensor,
+        spans: ops.Spans,
+        backend: str,
+        receive: Callable[[RowsCall], None],
+        watch: Stopwatch | None,
+    ) -> None:
+        self.layers = attention_layers(model)
+        self.decoder = decoder(model)
+        self.rows = row_table(rows)
+        self.spans = checked_spans(spans)  # (B or 1, S, 2) on the CPU
+        self.backend, self.receive, self.watch = backend, receive, watch
+        self.layer_of = {id(layer.module): layer for layer in self.layers}
+        self.filled: dict[int, Tensor] = {}  # layer -> (B or 1, T) bool: which rows were computed
+        self.inputs = ForwardInputs(None, 0, False)  # of this forward
+        self.read_in_forward: dict[tuple, MaskRead] = {}
+
+    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.inputs = read_forward(module, args, kwargs)
+        self.read_in_forward.clear()
+
+    def after_forward(self, *_: Any) -> None:
+        self.read_in_forward.clear()
+
+    def observe(
+        self,
+        module: nn.Module,
+        implementation: str,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        mask: Any,
+        output: Tensor,
+        kwargs: dict,
+    ) -> None:
+        """One attention call; see `attention_registry.Observer`."""
+        layer = self.layer_of[id(module)]
+        _refuse_call(module, kwargs)
+        batch, _, n_queries, _ = qkv[0].shape
+        if len(self.rows) not in (1, batch):
+            raise ValueError(f"rows: expected (T,) or ({batch}, T) slots, got {tuple(self.rows.shape)}")
+        # a layer may be given only the last tokens as queries (Gemma-4's layers that share keys and values)
+        tokens = n_queries if self.inputs.tokens is None else self.inputs.tokens
+        end = self.inputs.past + tokens
+        if not self.inputs.cached and qkv[1].shape[2] > tokens:
+            raise RecordingError(
+                f"layer {layer.number} ({type(module).__name__}) attends to {qkv[1].shape[2]} keys in a forward of "
+                f"{tokens} tokens, and no transformers.Cache was found among its arguments: the rows cannot be placed"
+            )
+        local = self.rows - (end - n_queries)
+        inside = (local >= 0) & (local < n_queries)  # (B or 1, T)
+        steps = inside.any(0).nonzero()[:, 0]
+        if len(steps):
+            with timed(self.watch, output.device):
+                query, key, value = (x.to(multiplied_as(x.dtype, x.device)) for x in qkv)
+                with exact():
+                    self._hand_over(
+                        layer, implementation, (query, key, value), mask, output, kwargs, end, steps, inside[:, steps]
+                    )
+
+    def _hand_over(
+        self,
+        layer: AttentionLayer,
+        implementation: str,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        mask: Any,
+        output: Tensor,
+        kwargs: dict,
+        end: int,
+        steps: Tensor,
+        inside: Tensor,
+    ) -> None:
+        """Cut the call, whose last query is slot `end` - 1, down to the answer rows `steps`."""
+        query, key, value = qkv
+        batch, _, n_queries, _ = query.shape
+        n_keys = key.shape[2]
+        rows = (self.rows[:, steps] - (end - n_queries)).clamp(0, n_queries - 1)
+        call = Call(rows, batch, n_queries, n_keys, max(end - n_keys, 0), query.device)
+        read = self._read(mask, call, layer.module, implementation, kwargs)
+        attention = {
+            "scale": kwargs.get("scaling"),
+            "softcap": kwargs.get("softcap"),
+            "sinks": kwargs.get("s_aux"),
+            "backend": self.backend,
+        }
+        chosen = select_rows(query.transpose(1, 2), rows).transpose(1, 2)  # (B, H, T, D)
+        kept = select_rows(output.detach(), rows)
+        self.receive(RowsCall(layer, steps, inside, chosen, key, value, kept, read.seen, read.counts, attention))
+        if layer.number not in self.filled:
+            self.filled[layer.number] = torch.zeros_like(self.rows, dtype=torch.bool)
+        self.filled[layer.number][:, steps] |= inside
+
+    def _read(self, mask: Any, call: Call, module: nn.Module, implementation: str, kwargs: dict) -> MaskRead:
+        is_causal = kwargs.get("is_causal")
+        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        window = kwargs.get("sliding_window")
+        key = (id(mask), call.n_queries, call.n_keys, call.device, implementation, is_causal, window)
+        known = self.read_in_forward.get(key)
+        if known is None or known.mask() is not mask:
+            seen = read_visibility(mask, call, implementation=implementation, is_causal=is_causal, window=window)
+            spans = span_table(self.spans, call.batch).to(call.device)
+            counts = [count_keys(visibility, spans, call.batch, call.n_keys) for _, visibility in seen]
+            known = self.read_in_forward[key] = MaskRead(_reference(mask), seen, counts)
+        return known
+
+    def check_complete(self) -> None:
+        """Raises RecordingError for a layer or a row that was never computed."""
+        for layer in self.layers:
+            filled = self.filled.get(layer.number)
+            if filled is None or not bool(filled.any()):
+                raise RecordingError(
+                    f"layer {layer.number} ({type(layer.module).__name__}) never computed an answer row through "
+                    f"attention implementation {layer.module.config._attn_implementation!r}; "
+                    "was the model run inside the context, and over the rows asked for?"
+                )
+            if not bool(filled.all()):
+                missing = sorted(set(self.rows[~filled].tolist()))
+                raise RecordingError(f"rows {missing} were never computed in layer {layer.number}")
+
+
+def _reference(mask: Any) -> Callable[[], Any]:
+    """A reference that does not keep the mask alive: under a device map every layer may be given its own copy."""
+    return (lambda: None) if mask is None else weakref.ref(mask)
+
+
+def row_table(rows: Sequence[int] | Tensor) -> Tensor:
+    """(B or 1, T) int64 on the CPU."""
+    table = torch.as_tensor(rows).to("cpu", torch.int64)
+    table = table[None] if table.ndim == 1 else table
+    if table.ndim != 2 or table.shape[1] == 0 or bool((table < 0).any()):
+        raise ValueError(f"rows: expected (T,) or (B, T) slots >= 0, got {rows!r}")
+    return table
+
+
+def _refuse_call(module: nn.Module, kwargs: dict) -> None:
+    name = type(module).__name__
+    for argument in UNSUPPORTED_ARGUMENTS:
+        if kwargs.get(argument) is not None:
+            raise UnsupportedModelError(f"{name} passes {argument!r} to its attention, which cannot be recorded")
+    if kwargs.get("dropout"):
+        raise UnsupportedModelError(f"{name} applies attention dropout; call model.eval() before recording")

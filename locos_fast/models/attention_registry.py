@@ -1,0 +1,107 @@
+"""Lends entries of transformers' attention registry to observers of attention calls, and puts them back."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from locos_fast.models.architecture import UnsupportedModelError, forward_globals
+
+
+class RecordingError(RuntimeError):
+    """A recording that was asked for did not come about, or does not reproduce what the model computed."""
+
+
+class Observer(Protocol):
+    """Sees every call that the modules it registered make to their attention implementation."""
+
+    def observe(
+        self,
+        module: nn.Module,
+        implementation: str,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        mask: Any,
+        output: Tensor,
+        kwargs: dict,
+    ) -> None: ...
+
+
+class AttentionRegistry:
+    """Wraps the entries of attention implementations while somebody observes them.
+
+    Each entry is wrapped under its own name and put back when its last observer leaves; the wrapper delegates, and acts
+    for observed modules only.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.observers: dict[int, Observer] = {}  # id of an attention module -> who observes it
+        self.lent: dict[str, tuple[int, Callable | None]] = {}  # name -> (observers using it, the entry before)
+
+    @contextlib.contextmanager
+    def lend(self, modules: Iterable[Any], observer: Observer) -> Iterator[None]:
+        """Raises RecordingError if one of the modules is observed already."""
+        modules = list(modules)
+        names = {module.config._attn_implementation for module in modules}
+        ids = [id(module) for module in modules]
+        with self.lock:
+            if any(module in self.observers for module in ids):
+                raise RecordingError("this model is already being recorded; recordings of one model cannot be nested")
+            self.observers.update(dict.fromkeys(ids, observer))
+            for name in names:
+                self._install(name)
+        try:
+            yield
+        finally:
+            with self.lock:
+                for module in ids:
+                    del self.observers[module]
+                for name in names:
+                    self._restore(name)
+
+    def _install(self, name: str) -> None:
+        users, before = self.lent.get(name, (0, None))
+        if users == 0:
+            before = AttentionInterface._global_mapping.get(name)
+            AttentionInterface.register(name, self._wrapper(name, before))
+        self.lent[name] = (users + 1, before)
+
+    def _restore(self, name: str) -> None:
+        users, before = self.lent[name]
+        if users > 1:
+            self.lent[name] = (users - 1, before)
+            return
+        del self.lent[name]
+        if before is None:
+            del AttentionInterface._global_mapping[name]
+        else:
+            AttentionInterface.register(name, before)
+
+    def _wrapper(self, name: str, before: Callable | None) -> Callable:
+        def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> tuple:
+            implementation = before or eager_attention(module)
+            result = implementation(module, query, key, value, mask, **kwargs)
+            observer = self.observers.get(id(module))
+            if observer is not None:
+                observer.observe(module, name, (query, key, value), mask, result[0], kwargs)
+            return result
+
+        return attention
+
+
+registry = AttentionRegistry()
+
+
+def eager_attention(module: nn.Module) -> Callable:
+    """The function a model falls back to for "eager": it lives in the model's own source file, not in the registry."""
+    names = forward_globals(module)
+    for name in inspect.unwrap(type(module).forward).__code__.co_names:
+        if name.endswith("eager_attention_forward") and name in names:
+            return names[name]
+    raise UnsupportedModelError(f"{type(module).__name__} has no eager attention function to record")

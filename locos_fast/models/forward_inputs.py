@@ -1,0 +1,49 @@
+"""How many tokens a forward pass of a decoder is given, and how many its cache holds already.
+
+Both are found by what they are, never by the name of the argument: transformers 5.24 renamed `past_key_values` to
+`cache` in every model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from transformers import Cache
+
+
+class ForwardInputs(NamedTuple):
+    """What a decoder was called with, as far as positions depend on it."""
+
+    tokens: int | None  # of each sequence, in this forward; None where neither ids nor embeddings were found
+    past: int  # tokens in the cache
+    cached: bool  # whether there is a cache
+
+
+def read_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> ForwardInputs:
+    """Tokens are counted in the embeddings, (B, tokens, hidden) floating, or else in the ids: the first argument, in
+    the order of the module's signature, that is (B, tokens) of integers."""
+    given = list(_arguments(module, args, kwargs))
+    cache = next((x for x in given if isinstance(x, Cache)), None)
+    tensors = [x for x in given if isinstance(x, Tensor)]
+    embeddings = (x for x in tensors if x.ndim == 3 and x.is_floating_point())
+    ids = (x for x in tensors if x.ndim == 2 and not x.is_floating_point())
+    counted = next(embeddings, None)
+    counted = next(ids, None) if counted is None else counted
+    past = 0 if cache is None else int(cache.get_seq_length())
+    return ForwardInputs(None if counted is None else counted.shape[1], past, cache is not None)
+
+
+def _arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[Any]:
+    signature = inspect.signature(module.forward)
+    bound = signature.bind_partial(*args, **kwargs).arguments
+    for name, value in bound.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            yield from value.values()
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            yield from value
+        else:
+            yield value

@@ -1,0 +1,132 @@
+"""How much memory one scoring forward takes, so that a run which cannot fit is refused before it starts."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from locos_fast.models.token_chunks import TOKENS_PER_CHUNK
+
+GIB = 2**30
+
+
+class MemoryEstimate(NamedTuple):
+    """Bytes, at the peak of one forward pass over one prompt without a KV cache."""
+
+    weights: int
+    activations: int  # one layer's, and the residual stream
+    attention: int  # score matrices and masks that the attention implementation builds
+    sums: int = 0  # of an attribution, over its segments
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations + self.attention + self.sums
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self._asdict().items())
+        return f"{self.total / GIB:.2f} GiB ({parts})"
+
+
+class Segments(NamedTuple):
+    """How much an attribution sums."""
+
+    segments: int
+    rows: int  # answer tokens
+
+    def bytes(self, config: Any) -> int:
+        """What one layer's sums take while they are added up and put in order, and those of all layers."""
+        text = config.get_text_config(decoder=True)
+        heads = getattr(text, "num_attention_heads", None) or 1
+        in_one_layer = 6 * heads * self.rows * self.segments  # sums of phi and alpha, their parts per tile, in order
+        return 4 * (in_one_layer + text.num_hidden_layers * heads * self.segments)
+
+
+def estimate(
+    config: Any, tokens: int, dtype: torch.dtype, attn_implementation: str | None, summed: Segments | None = None
+) -> MemoryEstimate:
+    """Estimate a forward over `tokens` tokens; `config` is the model's configuration. summed: of an attribution."""
+    activations, attention = _above_weights(config, tokens, dtype, attn_implementation)
+    sums = 0 if summed is None else summed.bytes(config)
+    return MemoryEstimate(_parameters(config) * dtype.itemsize, activations, attention, sums)
+
+
+def available(device: torch.device) -> int:
+    """Free bytes on a device: GPU memory, or the machine's memory that can be had without swapping."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    import psutil  # type: ignore[import-untyped]
+
+    return psutil.virtual_memory().available
+
+
+def refuse_if_too_large(
+    config: Any,
+    tokens: int,
+    dtype: torch.dtype,
+    attn_implementation: str | None,
+    device: torch.device,
+    summed: Segments | None = None,
+) -> MemoryEstimate:
+    """The estimate of a forward over `tokens` tokens.
+
+    Raises ValueError if it exceeds the free memory, naming what is needed, what there is and how many tokens would fit.
+    """
+    needed, free = estimate(config, tokens, dtype, attn_implementation, summed), available(device)
+    if needed.total <= free:
+        return needed
+    most = tokens_that_fit(config, tokens, dtype, attn_implementation, free - needed.weights - needed.sums)
+    fits = f"about {most} tokens would fit" if most else "not even the weights and one token fit"
+    raise ValueError(
+        f"memory: this run needs about {needed} and {device} has {free / GIB:.2f} GiB free; {fits}; use a shorter "
+        "context, a smaller dtype, or an attention implementation that builds no score matrix"
+    )
+
+
+def tokens_that_fit(config: Any, tokens: int, dtype: torch.dtype, attn_implementation: str | None, room: int) -> int:
+    """The most tokens, at most `tokens`, whose forward takes no more than `room` bytes above the weights; 0 if none."""
+    return bisect_right(
+        range(1, tokens + 1), room, key=lambda n: sum(_above_weights(config, n, dtype, attn_implementation))
+    )
+
+
+def _above_weights(config: Any, tokens: int, dtype: torch.dtype, attn_implementation: str | None) -> tuple[int, int]:
+    """Bytes of activations and of what attention builds; both grow with the tokens."""
+    text = config.get_text_config(decoder=True)
+    layers = list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
+    implementation = attn_implementation or "sdpa"
+    activations = max(_activations(layer, tokens) for layer in layers) * dtype.itemsize
+    return activations, max(_attention_bytes(layer, tokens, dtype.itemsize, implementation) for layer in layers)
+
+
+def _parameters(config: Any) -> int:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _activations(layer: Any, tokens: int) -> int:
+    """Numbers that one layer holds at its widest moment; its MLP works on a chunk of the tokens at a time."""
+    hidden = layer.hidden_size
+    heads = getattr(layer, "num_attention_heads", None) or 1  # state-space models have none; loading refuses them
+    head_dim = getattr(layer, "qk_head_dim", None) or getattr(layer, "head_dim", None) or hidden // heads
+    kv_heads = getattr(layer, "num_key_value_heads", None) or heads
+    intermediate = getattr(layer, "intermediate_size", None) or getattr(layer, "n_inner", None) or 4 * hidden
+    attention_block = tokens * (3 * hidden + 2 * (heads + kv_heads) * head_dim * 2)
+    mlp_block = tokens * 3 * hidden + min(tokens, TOKENS_PER_CHUNK) * 3 * intermediate
+    return max(attention_block, mlp_block)
+
+
+def _attention_bytes(text: Any, tokens: int, itemsize: int, implementation: str) -> int:
+    if implementation == "eager":  # scores, softmax in float32 and its cast, for all heads at once; and the mask
+        return tokens * tokens * (text.num_attention_heads * (2 * itemsize + 4) + itemsize)
+    windowed = any("full" not in kind for kind in getattr(text, "layer_types", None) or [])
+    windowed = windowed or getattr(text, "sliding_window", None) is not None
+    return tokens * tokens if windowed and implementation == "sdpa" else 0  # a bool mask, tokens x tokens

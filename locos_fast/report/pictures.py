@@ -1,0 +1,65 @@
+"""Heat maps of heads, layers x heads, as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from locos_fast.demo.known_heads import DECOYS, DETECTORS, KINDS, DemoResult
+from locos_fast.scoring.head_scores import DETECTOR_NAMES, Head, HeadScores
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MARKS = {"planted": ("s", "black"), "read_only": ("o", "tab:orange"), "write_only": ("^", "tab:purple")}
+
+
+def save_heat_map(scores: HeadScores, path: Path, *, title: str) -> None:
+    """One heat map, layers x heads, of the LOCOS score."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    layers, heads = scores.score.shape
+    figure, axes = pyplot.subplots(figsize=(2 + 0.25 * heads, 1.5 + 0.25 * layers), layout="constrained")
+    _draw(axes, scores, "score", title)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def save_demo_picture(result: DemoResult, path: Path) -> None:
+    """Question types x detectors, layers x heads each, with the planted heads and the decoys marked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shape = (len(KINDS), len(DETECTORS))
+    figure, grid = pyplot.subplots(*shape, figsize=(4 * shape[1], 2.6 * shape[0]), layout="constrained", squeeze=False)
+    for row, kind in zip(grid, KINDS, strict=True):
+        marks = {"planted": result.planted_heads(kind)} | {role: result.planted.heads[role] for role in DECOYS}
+        for axes, detector in zip(row, DETECTORS, strict=True):
+            _draw(axes, result.scores[kind], detector, f"{DETECTOR_NAMES[detector]}, {kind.replace('_', '-')}", marks)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(MARKS))
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _draw(
+    axes: Axes, scores: HeadScores, by: str, title: str, marks: Mapping[str, Iterable[Head]] | None = None
+) -> None:
+    values = getattr(scores, by)
+    limit = np.nanmax(np.abs(values), initial=0.0) or 1.0
+    image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+    axes.figure.colorbar(image, ax=axes, shrink=0.9)
+    axes.set(xlabel="head", ylabel="layer", title=title)
+    for role, heads in (marks or {}).items():
+        marker, colour = MARKS[role]
+        layer_of, head_of = zip(*heads, strict=True)
+        label = role.replace("_", "-") + ("" if role == "planted" else " decoy")
+        axes.scatter(head_of, layer_of, s=60, marker=marker, facecolors="none", edgecolors=colour, label=label)

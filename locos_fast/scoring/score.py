@@ -1,0 +1,142 @@
+"""Scoring: one teacher-forced forward pass, one recording, every detector (see `detectors` for the formulas)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from locos_fast.models.answer_pass import answer_logits, check_prompt
+from locos_fast.models.architecture import layer_count
+from locos_fast.models.cost import Meter
+from locos_fast.models.description import describe_model
+from locos_fast.models.residual_stream import StreamTrace, trace, trace_projections
+from locos_fast.models.token_chunks import TOKENS_PER_CHUNK, token_chunks
+from locos_fast.ops.backends import BackendName
+from locos_fast.ops.exact import exact
+from locos_fast.scoring.detectors import mean_over_rows, row_scores
+from locos_fast.scoring.directions import Norm, Target, check_norm, head_directions, token_directions
+from locos_fast.scoring.head_scores import ARRAYS, HeadScores
+from locos_fast.scoring.logit_units import attribute_heads, completeness_of
+from locos_fast.scoring.needle import Span, check_needle, union, visible_shares
+from locos_fast.scoring.recording import Recording, record
+
+
+def score_tokens(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    needle_span: Span | Sequence[Span],
+    answer_positions: Sequence[int],
+    *,
+    norm: Norm = "none",
+    contrast: str | Sequence[int] | None = None,
+    backend: BackendName = "auto",
+    verify: bool = False,
+    token_chunk: int | None = TOKENS_PER_CHUNK,
+) -> HeadScores:
+    """Score every head on one prompt: LOCOS, DLA, attention-spatial and Wu's copy score from one forward pass.
+
+    input_ids: (1, N) int64, the prompt followed by the answer (teacher forcing).
+    needle_span: (start, end) token indices, half-open, or several of them, scored as their union.
+    answer_positions: indices in `input_ids` of the answer tokens to score; row p - 1 predicts token p.
+    norm: "none", the score as published: raw unembedding rows, no norm or multiplier folded in. "frozen", true logit
+    units: everything between a head and the logit folded in, with the scales of this forward pass; the logit is the one
+    before any final softcap. `meta["completeness"]` then says how exactly all contributions add up to the model's
+    logit. backend: see `locos_fast.ops`. verify: check the recording against the head outputs, see `record`.
+    token_chunk: MLPs and norms of longer prompts run that many tokens at a time, which changes no score beyond rounding
+    and keeps their intermediates small; None runs them whole, see `token_chunks`.
+
+    Scores are means over the answer rows that see at least one needle key (DLA: over all rows; Wu: a sum); a layer in
+    which no row does is NaN in score, l_plus, l_minus and attention_spatial. A needle partly inside a layer's window
+    counts with the part that is seen; `meta["needle_visible_share"]` keeps how much that was. `meta["cost"]` keeps the
+    seconds of the forward pass and of scoring, and the peak memory above what was in use before, in bytes.
+    Raises ValueError for arguments that do not fit and UnsupportedModelError for models that cannot be recorded.
+    """
+    check_norm(norm)
+    spans = union(needle_span)
+    check_prompt(input_ids, answer_positions)
+    check_needle(spans, input_ids.shape[1], answer_positions)
+    answer_positions, contrast = _in_order(answer_positions, contrast)
+    rows = [position - 1 for position in answer_positions]
+    fed = input_ids[:, : max(rows) + 1]  # a causal model's answer rows do not depend on anything later
+    answer_ids = input_ids[0, list(answer_positions)]
+    target = Target.of(answer_ids, contrast)
+    follow = trace if norm == "frozen" else trace_projections
+    meter = Meter(model)
+    with (
+        torch.inference_mode(),
+        record(model, rows, spans, backend=backend, verify=verify, watch=meter.scoring) as recording,
+        follow(model, rows, meter.scoring) as stream,
+        token_chunks(model, token_chunk),
+    ):
+        logits = answer_logits(model, fed, rows)
+    with torch.inference_mode(), exact(), meter.scoring.running(input_ids.device):
+        directions, completeness = _directions(model, norm, stream, recording, target, logits)
+        arrays = _score_layers(model, recording, directions, input_ids, spans, answer_ids)
+    meta = {
+        "needle_visible_share": visible_shares(recording, spans),
+        **describe_model(model),
+        "norm": norm,
+        "contrast": contrast if contrast is None or isinstance(contrast, str) else list(contrast),
+        "needle_spans": [list(span) for span in spans],
+        "answer_positions": list(map(int, answer_positions)),
+        "answer_ids": answer_ids.tolist(),
+        "predicted_ids": logits.argmax(-1).tolist(),
+        "tokens": int(input_ids.shape[1]),
+        "cost": meter.cost().as_dict(),
+    } | completeness
+    return HeadScores(**arrays, meta=meta)
+
+
+def _in_order(
+    positions: Sequence[int], contrast: str | Sequence[int] | None
+) -> tuple[list[int], str | list[int] | None]:
+    """Answer positions in increasing order, and the contrast tokens with them."""
+    order = sorted(range(len(positions)), key=lambda i: positions[i])
+    if contrast is not None and not isinstance(contrast, str) and len(contrast) == len(positions):
+        contrast = [int(contrast[i]) for i in order]
+    return [int(positions[i]) for i in order], contrast if contrast is None or isinstance(contrast, str) else list(
+        contrast
+    )
+
+
+def _directions(
+    model: PreTrainedModel,
+    norm: str,
+    stream: StreamTrace,
+    recording: Recording,
+    target: Target,
+    logits: Tensor,
+) -> tuple[dict[int, Tensor], dict[str, Any]]:
+    """w (T, H, Dv) of every attention layer, and what to say of their exactness in `meta`."""
+    if norm == "frozen":
+        attribution = attribute_heads(model, stream, recording, target, logits)
+        meta = {"completeness": completeness_of(attribution), "final_logit_softcap": attribution.softcap}
+        return {number: layer.directions for number, layer in attribution.layers.items()}, meta
+    direction = token_directions(model, target)
+    directions = {}
+    for number, kept in recording.items():
+        projected = stream.projected[number]
+        directions[number], _ = head_directions(projected.module, direction, kept.output[0], projected.inputs)
+    return directions, {}
+
+
+def _score_layers(
+    model: PreTrainedModel,
+    recording: Recording,
+    directions: dict[int, Tensor],
+    input_ids: Tensor,
+    spans: list[Span],
+    answer_ids: Tensor,
+) -> dict[str, np.ndarray]:
+    heads = max(kept.output.shape[2] for kept in recording.values())
+    arrays = {name: np.full((layer_count(model), heads), np.nan) for name in ARRAYS}
+    for number, kept in recording.items():
+        values = mean_over_rows(row_scores(kept, directions[number], input_ids[0], spans, answer_ids))
+        for name, value in values.items():
+            arrays[name][number, : kept.output.shape[2]] = value.double().cpu().numpy()
+    return arrays
