@@ -56,7 +56,7 @@ def test_doctor_describes_every_layer(capsys, monkeypatch, tmp_path, family, aft
 
 @pytest.mark.parametrize("family", ["gemma3", "gpt_oss"])
 def test_doctor_prints_a_table_and_a_summary(capsys, monkeypatch, tmp_path, family):
-    monkeypatch.setattr("locos_fast.cli.app.console.width", 140, raising=False)
+    monkeypatch.setattr("locos_fast.cli.options.console.width", 140, raising=False)
     out = doctor(capsys, monkeypatch, folder(tmp_path, family), "--attn-implementation=eager")
     rows = [line for line in out.splitlines() if "exact" in line and ("sliding 8" in line or "full" in line)]
     assert len(rows) == 3

@@ -1,0 +1,142 @@
+"""The command `locos-fast score`: every head of a model, scored on one prompt of your own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from locos_fast.cli.input import load_model, read_text
+from locos_fast.cli.options import (
+    Attention,
+    Device,
+    DeviceMap,
+    Dtype,
+    Json,
+    Model,
+    Out,
+    Overwrite,
+    Revision,
+    console,
+    errors,
+)
+from locos_fast.scoring.head_scores import ARRAYS
+
+
+def score(
+    model: Model,
+    context: Annotated[Path, typer.Option(help="UTF-8 text file.")],
+    needle: Annotated[str, typer.Option(help="The sentence that holds the evidence.")],
+    question: Annotated[str, typer.Option(help="Asked after the context.")],
+    answer: Annotated[str, typer.Option(help="What the heads should write; scored teacher-forced.")],
+    depth: Annotated[
+        float | None, typer.Option(help="Insert the needle at this percent of the context, 0 to 100.")
+    ] = None,
+    norm: Annotated[str, typer.Option(help="none, the published score, or frozen, true logit units.")] = "none",
+    top: Annotated[int, typer.Option(min=1, help="Heads to print.")] = 10,
+    revision: Revision = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    device_map: DeviceMap = None,
+    attn_implementation: Attention = None,
+    verify: Annotated[bool, typer.Option(help="Check the recording against the head outputs.")] = False,
+    timing: Annotated[bool, typer.Option(help="Also print seconds and peak memory.")] = False,
+    force: Annotated[bool, typer.Option(help="Keep scores whose parts do not add up to the model's logit.")] = False,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Score every head of a model on one prompt of your own."""
+    from locos_fast.models.loading import ModelSource
+    from locos_fast.prompts.compose import compose
+    from locos_fast.report import tables as report
+    from locos_fast.scoring.diagnosis import diagnose
+    from locos_fast.scoring.directions import check_norm
+    from locos_fast.scoring.head_scores import check_output
+    from locos_fast.scoring.score import score_tokens
+
+    unit = check_norm(norm)
+    if out is not None:
+        check_output(out, overwrite=overwrite)
+    source = ModelSource(model, revision, dtype, device, device_map, attn_implementation)
+    text = read_text(context, "context")
+    source.torch_dtype(source.config())  # a wrong model or dtype is said before a wrong prompt
+    tokenizer = source.tokenizer()
+    trial = compose(tokenizer, context=text, needle=needle, question=question, answer=answer, depth=depth)
+    network, needed = load_model(source, trial.length + len(trial.answer_ids), "context")
+    ids = trial.input_ids.to(network.get_input_embeddings().weight.device)
+    completeness = diagnose(network).completeness if norm == "none" else None  # frozen scores bring their own
+    scores = score_tokens(network, ids, trial.needle_span, trial.answer_positions, norm=unit, verify=verify)
+    scores.meta |= {
+        "protocol": "teacher-forced answer after context, blank line, question",
+        "span": "needle tokens against all other keys the answer row sees",
+        "completeness": completeness or scores.meta["completeness"],
+        "revision": revision,
+        "answer_tokens": [tokenizer.decode([token]) for token in trial.answer_ids],
+        "question": question,
+        "needle": needle,
+        "answer": answer,
+        "depth": trial.depth,
+        "memory_estimate_bytes": needed,
+    }
+    _judge(scores.meta, network.dtype, force)
+    if out is not None:
+        scores.save_pretrained(out, overwrite=overwrite)
+        _save_picture(scores, out / "heads.png")
+    _print_scores(scores, top, as_json)
+    if timing and not as_json:  # JSON has it in any case
+        console.print(report.cost_line(scores.meta["cost"]), markup=False, highlight=False, soft_wrap=True)
+
+
+def _judge(meta: dict[str, Any], dtype: Any, force: bool) -> None:
+    """Warn if the parts do not add up to the model's logit; raise ValueError if scores are far from the logits they
+    claim to be."""
+    from locos_fast.scoring.diagnosis import doubt, verdict_of
+
+    sentence = doubt(meta["completeness"], dtype)
+    if sentence is None:
+        return
+    if meta["norm"] == "none":
+        _warn(f'true logit units (norm="frozen") cannot be had exactly from this model: {sentence}')
+    elif verdict_of(meta["completeness"], dtype) == "wrong" and not force:
+        raise ValueError(
+            f"completeness: {sentence}; the scores are not logits. --force keeps them, --norm none does not need it"
+        )
+    else:
+        _warn(sentence)
+
+
+def _warn(sentence: str) -> None:
+    errors.print(f"warning: {sentence}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_scores(scores: Any, top: int, as_json: bool) -> None:
+    from locos_fast.report import tables as report
+
+    if as_json:
+        heads = [
+            {"head": f"{layer}-{head}"} | {name: float(getattr(scores, name)[layer, head]) for name in ARRAYS}
+            for layer, head in scores.top(top)
+        ]
+        print(json.dumps({"heads": heads, "meta": scores.meta}, indent=2))
+        return
+    console.print(report.scores_table(scores, top))
+    tokens = ", ".join(f"{token!r} ({i})" for token, i in _answer_tokens(scores))
+    console.print(f"scored answer tokens: {tokens}", markup=False)
+    for start, end in scores.meta["needle_spans"]:
+        console.print(f"needle: tokens {start} to {end - 1} of {scores.meta['tokens']}", highlight=False)
+    if scores.meta["predicted_ids"] != scores.meta["answer_ids"]:
+        console.print("note: the model itself would not have answered this; heads are scored toward it all the same")
+
+
+def _answer_tokens(scores: Any) -> Iterable[tuple[str, int]]:
+    return zip(scores.meta["answer_tokens"], scores.meta["answer_ids"], strict=True)
+
+
+def _save_picture(scores: Any, path: Path) -> None:
+    from locos_fast.report.pictures import save_heat_map
+
+    save_heat_map(scores, path, title=f"LOCOS score, {scores.meta['model']}")
