@@ -1,26 +1,40 @@
-"""The forward pass that scoring and attribution observe: a prompt with its answer, teacher-forced, no cache."""
+"""The forward pass that scoring and attribution observe: a prompt with its answer, teacher-forced."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from locos_fast.models.prefix_cache import PrefixCache
 
-def answer_logits(model: PreTrainedModel, input_ids: Tensor, rows: list[int]) -> Tensor:
-    """One forward pass without a KV cache; logits of the answer rows only, (T, vocabulary)."""
+
+def answer_logits(
+    model: PreTrainedModel, input_ids: Tensor, rows: list[int], prefix: PrefixCache | None = None
+) -> Tensor:
+    """One forward pass, without a KV cache or behind `prefix`; logits of the answer rows only, (T, vocabulary)."""
+    if prefix is None:
+        return _logits(model, input_ids, rows, {"use_cache": False})
+    prefix.check_continued_by(input_ids, rows)
+    rest, rows = input_ids[:, prefix.tokens :], [row - prefix.tokens for row in rows]
+    with prefix.branch():
+        return _logits(model, rest, rows, prefix.forward_arguments())
+
+
+def _logits(model: PreTrainedModel, input_ids: Tensor, rows: list[int], arguments: dict[str, Any]) -> Tensor:
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        return model(input_ids, use_cache=False).logits[0, rows]
+        return model(input_ids, **arguments).logits[0, rows]
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         # a number works wherever the last layer is; an index tensor only on the device of the input
         last = input_ids.shape[1] - rows[0]
-        logits = model(input_ids, use_cache=False, logits_to_keep=last).logits[0]
+        logits = model(input_ids, **arguments, logits_to_keep=last).logits[0]
         return logits[[row - rows[0] for row in rows]]
     wanted = torch.tensor(rows, device=input_ids.device)
-    return model(input_ids, use_cache=False, logits_to_keep=wanted).logits[0]
+    return model(input_ids, **arguments, logits_to_keep=wanted).logits[0]
 
 
 def check_prompt(input_ids: Tensor, answer_positions: Sequence[int]) -> None:

@@ -14,6 +14,7 @@ from locos_fast.models.answer_pass import answer_logits, check_prompt
 from locos_fast.models.architecture import layer_count
 from locos_fast.models.cost import Meter
 from locos_fast.models.description import describe_model
+from locos_fast.models.prefix_cache import PrefixCache
 from locos_fast.models.residual_stream import StreamTrace, trace, trace_projections
 from locos_fast.models.token_chunks import TOKENS_PER_CHUNK, token_chunks
 from locos_fast.ops.backends import BackendName
@@ -37,6 +38,7 @@ def score_tokens(
     backend: BackendName = "auto",
     verify: bool = False,
     token_chunk: int | None = TOKENS_PER_CHUNK,
+    prefix: PrefixCache | None = None,
 ) -> HeadScores:
     """Score every head on one prompt: LOCOS, DLA, attention-spatial and Wu's copy score from one forward pass.
 
@@ -49,6 +51,8 @@ def score_tokens(
     logit. backend: see `locos_fast.ops`. verify: check the recording against the head outputs, see `record`.
     token_chunk: MLPs and norms of longer prompts run that many tokens at a time, which changes no score beyond rounding
     and keeps their intermediates small; None runs them whole, see `token_chunks`.
+    prefix: keys and values of the first tokens of `input_ids`, computed before, which are not computed again; it is put
+    back. A cached and a whole prompt give the same scores up to rounding.
 
     Scores are means over the answer rows that see at least one needle key (DLA: over all rows; Wu: a sum); a layer in
     which no row does is NaN in score, l_plus, l_minus and attention_spatial. A needle partly inside a layer's window
@@ -73,7 +77,7 @@ def score_tokens(
         follow(model, rows, meter.scoring) as stream,
         token_chunks(model, token_chunk),
     ):
-        logits = answer_logits(model, fed, rows)
+        logits = answer_logits(model, fed, rows, prefix)
     with torch.inference_mode(), exact(), meter.scoring.running(input_ids.device):
         directions, completeness = _directions(model, norm, stream, recording, target, logits)
         arrays = _score_layers(model, recording, directions, input_ids, spans, answer_ids)
@@ -87,6 +91,7 @@ def score_tokens(
         "answer_ids": answer_ids.tolist(),
         "predicted_ids": logits.argmax(-1).tolist(),
         "tokens": int(input_ids.shape[1]),
+        "prefix_tokens": 0 if prefix is None else prefix.tokens,
         "cost": meter.cost().as_dict(),
     } | completeness
     return HeadScores(**arrays, meta=meta)

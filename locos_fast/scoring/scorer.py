@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from locos_fast.models.token_chunks import TOKENS_PER_CHUNK
+from locos_fast.models.architecture import UnsupportedModelError
+from locos_fast.models.prefix_cache import PrefixCache
+from locos_fast.models.token_chunks import TOKENS_PER_CHUNK, token_chunks
 from locos_fast.ops.backends import BackendName
+from locos_fast.prompts.prefix_tree import PrefixNode, prefix_tree
 from locos_fast.prompts.trials import Trial
 from locos_fast.scoring.directions import Norm
 from locos_fast.scoring.head_scores import HeadScores
@@ -43,10 +49,69 @@ class LocosScorer:
 
         norm and backend are those of the scorer where they are None. `meta` says how the answer was tokenised.
         """
-        device = self.model.get_input_embeddings().weight.device
+        return self._score(trial, None, norm, contrast, backend, verify, token_chunk)
+
+    def score_many(
+        self,
+        trials: Sequence[Trial],
+        *,
+        norm: Norm | None = None,
+        contrast: Literal["mean"] | None = None,
+        backend: BackendName | None = None,
+        verify: bool = False,
+        token_chunk: int | None = TOKENS_PER_CHUNK,
+        done: Callable[[int, HeadScores], None] | None = None,
+    ) -> list[HeadScores]:
+        """`score` of each trial, in the order given; what several prompts begin with is computed once.
+
+        A shared beginning is kept as a KV cache, from which each trial continues and which is then put back: exact for
+        causal models, up to rounding. It takes the memory of that cache on top of a single trial's. `meta` says how
+        many tokens were shared (`prefix_tokens`), 0 where the model takes no cache.
+        done: called with a trial's place in `trials` and its scores as soon as they are there.
+        """
+        results: dict[int, HeadScores] = {}
+        options = (norm, contrast, backend, verify, token_chunk)
+
+        def walk(node: PrefixNode, prefix: PrefixCache | None) -> None:
+            first = next(node.sequences())
+            if prefix is not None and node.end > prefix.tokens:
+                with torch.inference_mode(), token_chunks(self.model, token_chunk):
+                    prefix.extend(self._ids(trials[first])[:, prefix.tokens : node.end])
+            for leaf in node.leaves:
+                results[leaf] = self._score(trials[leaf], prefix if node.end else None, *options)
+                if done is not None:
+                    done(leaf, results[leaf])
+            for child in node.children:
+                with contextlib.nullcontext() if prefix is None else prefix.branch():
+                    walk(child, prefix)
+
+        if trials:
+            sequences = [[*trial.prompt_ids, *trial.answer_ids] for trial in trials]
+            walk(prefix_tree(sequences, [len(trial.prompt_ids) - 1 for trial in trials]), self._empty_prefix())
+        return [results[i] for i in range(len(trials))]
+
+    def _empty_prefix(self) -> PrefixCache | None:
+        try:
+            return PrefixCache(self.model)
+        except UnsupportedModelError:
+            return None
+
+    def _ids(self, trial: Trial) -> Tensor:
+        return trial.input_ids.to(self.model.get_input_embeddings().weight.device)
+
+    def _score(
+        self,
+        trial: Trial,
+        prefix: PrefixCache | None,
+        norm: Norm | None,
+        contrast: str | Sequence[int] | None,
+        backend: BackendName | None,
+        verify: bool,
+        token_chunk: int | None,
+    ) -> HeadScores:
         scores = score_tokens(
             self.model,
-            trial.input_ids.to(device),
+            self._ids(trial),
             trial.needle_span,
             trial.answer_positions,
             norm=norm or self.norm,
@@ -54,6 +119,7 @@ class LocosScorer:
             backend=backend or self.backend,
             verify=verify,
             token_chunk=token_chunk,
+            prefix=prefix,
         )
         scores.meta["trial"] = trial.id
         scores.meta["answer_tokens"] = [self.tokenizer.decode([token]) for token in trial.answer_ids]

@@ -1,0 +1,90 @@
+"""A KV cache that several continuations of one prompt start from, each finding it as the prompt left it.
+
+Put back by remembering, not by cropping: what a layer of the cache holds is noted before a continuation and set again
+after it. Keys and values are never written in place (a continuation concatenates), so noting them copies nothing; the
+few states of layers that work otherwise (sliding windows' counters, linear attention) are copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from locos_fast.models.architecture import UnsupportedModelError
+
+REPLACED = ("keys", "values")  # by a new tensor, in every update of a DynamicLayer
+
+
+class PrefixCache:
+    """The cache of one prompt's beginning: `extend` it, `branch` from it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Raises UnsupportedModelError for a model whose forward takes no cache."""
+        self.model = model
+        self.cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        self.argument = cache_argument(model)
+        self.ids: list[int] = []  # of the prompt's tokens whose keys and values are there
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the prompt whose keys and values are there."""
+        return len(self.ids)
+
+    def check_continued_by(self, input_ids: Tensor, rows: Sequence[int]) -> None:
+        """Raises ValueError unless (1, N) `input_ids` begin with these tokens and all `rows` lie behind them."""
+        if input_ids[0, : self.tokens].tolist() != self.ids:
+            raise ValueError(f"prefix: expected the first {self.tokens} tokens of input_ids, got others")
+        if min(rows) < self.tokens:
+            raise ValueError(f"prefix: expected fewer tokens than the first answer row, {min(rows)}, got {self.tokens}")
+
+    def forward_arguments(self) -> dict[str, Any]:
+        """What a forward is given so that it continues from here."""
+        return {self.argument: self.cache, "use_cache": True}
+
+    @torch.inference_mode()
+    def extend(self, input_ids: Tensor) -> None:
+        """Compute further tokens, (1, n) int64, of the prompt."""
+        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+        self.model(input_ids=input_ids, **self.forward_arguments(), **last)
+        self.ids += input_ids[0].tolist()
+
+    @contextlib.contextmanager
+    def branch(self) -> Iterator[None]:
+        """Inside the context the cache may be continued; on exit it is as it was, also after an exception."""
+        layers, ids = list(self.cache.layers), list(self.ids)
+        noted = [_noted(layer) for layer in layers]
+        try:
+            yield
+        finally:
+            self.ids, self.cache.layers[:] = ids, layers  # without those that a continuation added
+            for layer, state in zip(layers, noted, strict=True):
+                vars(layer).clear()
+                vars(layer).update(state)
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name under which a model's forward takes its cache: of the argument whose type is a transformers.Cache."""
+    for name, parameter in inspect.signature(model.forward).parameters.items():
+        if parameter.annotation is Cache or "Cache" in str(parameter.annotation):
+            return name
+    raise UnsupportedModelError(f"{type(model).__name__} takes no cache: a beginning cannot be shared between prompts")
+
+
+def _noted(layer: Any) -> dict[str, Any]:
+    replaced = REPLACED if isinstance(layer, DynamicLayer) else ()
+    return {name: value if name in replaced else _copied(value) for name, value in vars(layer).items()}
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _copied(inner) for key, inner in value.items()}
+    return [_copied(inner) for inner in value] if isinstance(value, list) else value

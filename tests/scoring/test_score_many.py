@@ -1,0 +1,85 @@
+"""Many trials on one model: scored in the order given, what they begin with computed once."""
+
+import pytest
+import torch
+
+from locos_fast import LocosScorer, Trial
+from locos_fast.models.architecture import UnsupportedModelError
+from locos_fast.scoring import scorer as scorer_module
+from tests.oracles.architecture_models import build
+from tests.oracles.scores import assert_same
+from tests.oracles.tiny_models import VOCABULARY, one_thread, tokens
+
+HAYSTACK = tokens(60).tolist()
+NINE = ("llama", "mistral", "qwen3", "gemma2", "gemma3", "gemma4", "llama4", "gpt_oss", "qwen3_next")
+
+
+class Names:
+    def decode(self, token_ids: list[int], **_: object) -> str:
+        return str(token_ids[0])
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    with one_thread():
+        yield
+
+
+def grid() -> list[Trial]:
+    """Needles at four depths of one haystack, and two more questions on one of the contexts; not in their order."""
+    trials = []
+    for depth, question in ((60, 1), (15, 1), (30, 1), (30, 2), (45, 1), (30, 3)):
+        needle = [7, 8, 9, 10]
+        prompt = [*HAYSTACK[:depth], *needle, *HAYSTACK[depth:], question % VOCABULARY, 5]
+        trials.append(
+            Trial(
+                prompt_ids=prompt,
+                needle_span=(depth, depth + 4),
+                answer_ids=[9, 10 + question],
+                question=str(question),
+                needle="needle",
+                answer="answer",
+                depth=100 * depth / 60,
+                length=len(prompt),
+                id=f"{depth}-{question}",
+            )
+        )
+    return trials
+
+
+@pytest.mark.parametrize("family", NINE)
+def test_scores_are_those_of_each_trial_alone(family: str) -> None:
+    scorer, trials = LocosScorer(build(family, dtype=torch.float32), Names()), grid()
+    found = scorer.score_many(trials, norm="frozen")
+    assert [scores.meta["trial"] for scores in found] == [trial.id for trial in trials]
+    for scores, trial in zip(found, trials, strict=True):
+        assert_same(scores, scorer.score(trial, norm="frozen"))
+
+
+def test_a_shared_beginning_is_computed_once() -> None:
+    model, trials = build("llama", dtype=torch.float32), grid()
+    fed: list[int] = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: fed.append(args[0].shape[1]))
+    LocosScorer(model, Names()).score_many(trials)
+    alone = sum(len(trial.prompt_ids) + 1 for trial in trials)  # the last answer token is not fed
+    assert sum(fed) < 0.6 * alone
+
+
+def test_every_trial_is_handed_over_when_it_is_done() -> None:
+    trials, seen = grid(), {}
+    scores = LocosScorer(build("llama", dtype=torch.float32), Names()).score_many(trials, done=seen.__setitem__)
+    assert sorted(seen) == list(range(len(trials)))
+    assert all(seen[i] is scores[i] for i in seen)
+
+
+def test_a_model_without_a_cache_is_run_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(model: object) -> None:
+        raise UnsupportedModelError("takes no cache")
+
+    monkeypatch.setattr(scorer_module, "PrefixCache", refuse)
+    found = LocosScorer(build("llama", dtype=torch.float32), Names()).score_many(grid())
+    assert {scores.meta["prefix_tokens"] for scores in found} == {0}
+
+
+def test_no_trials_have_no_scores() -> None:
+    assert LocosScorer(build("llama", dtype=torch.float32), Names()).score_many([]) == []
