@@ -1,6 +1,7 @@
 """Scores behind a shared beginning are those of the whole prompt."""
 
 import pytest
+import torch
 
 from locos_fast import score_tokens
 from locos_fast.models.prefix_cache import PrefixCache
