@@ -8,6 +8,8 @@ import hypothesis
 import pytest
 import torch
 
+from tests.oracles.threads import one_thread
+
 hypothesis.settings.register_profile("locos_fast", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("locos_fast")
 
@@ -23,6 +25,19 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def plain_torch():
+    """flex_attention as ordinary tensor operations: the interface is the same, and compiling takes a minute."""
+    with one_thread(), torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.fixture
+def no_gradients():
+    with torch.no_grad():
+        yield
 
 
 @pytest.fixture(autouse=True)

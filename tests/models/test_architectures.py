@@ -32,7 +32,8 @@ from locos_fast.scoring.directions import NORMS
 from locos_fast.scoring.head_scores import HeadScores
 from locos_fast.scoring.score import score_tokens
 from tests.oracles.architecture_models import FAMILIES, build
-from tests.oracles.tiny_models import SMALL, WINDOW, Family, construct, one_thread, tokens, visible_keys
+from tests.oracles.threads import one_thread
+from tests.oracles.tiny_models import SMALL, WINDOW, Family, construct, tokens, visible_keys
 
 IDENTITY = 1e-6  # transformers' norms and softmax compute in float32, also in a float64 model
 DEFINITION = 1e-5  # of the largest magnitude

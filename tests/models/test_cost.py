@@ -11,7 +11,8 @@ from locos_fast import score_tokens
 from locos_fast.models import cost as cost_module
 from locos_fast.models.cost import Cost, Meter, PeakMemory, Stopwatch
 from locos_fast.report.tables import cost_line
-from tests.oracles.tiny_models import build, one_thread, tokens
+from tests.oracles.threads import one_thread
+from tests.oracles.tiny_models import build, tokens
 
 CPU = torch.device("cpu")
 MIB = 2**20

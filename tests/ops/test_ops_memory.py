@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from locos_fast.ops import torch_backend, torch_softmax
 from tests.oracles.attention_problem import random_problem, random_weights_problem
-from tests.oracles.tiny_models import one_thread
+from tests.oracles.threads import one_thread
 
 
 @pytest.fixture(autouse=True, scope="module")

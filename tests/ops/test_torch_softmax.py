@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from locos_fast.ops.torch_softmax import LN_2, RunningLargest, RunningSoftmax, position_of_largest
-from tests.oracles.tiny_models import one_thread
+from tests.oracles.threads import one_thread
 
 ROWS = 40  # of which an eighth, 5, are few
 SHARE = 2.0**-43

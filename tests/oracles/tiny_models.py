@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -86,6 +87,12 @@ FAMILIES = {
         | {"no_rope_layers": [1, 0, 1]},  # two chunked layers around one that sees everything
     ),
 }
+# for a module whose tests run flex_attention: `plain_torch` stands in tests/conftest.py
+UNCOMPILED_FLEX = [
+    pytest.mark.usefixtures("plain_torch"),
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
+    pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask"),  # transformers sets it
+]
 PAIRS = [(family, attention) for family, kind in FAMILIES.items() for attention in kind.implementations]
 
 
@@ -155,14 +162,3 @@ def captured_values(model: PreTrainedModel) -> Iterator[dict[int, Tensor]]:
     finally:
         for handle in hooks:
             handle.remove()
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Matrices this small lose far more to handing work between threads than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

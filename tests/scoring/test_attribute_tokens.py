@@ -14,7 +14,8 @@ from locos_fast.models.architecture import attention_layers
 from locos_fast.models.attention_registry import RecordingError
 from locos_fast.scoring import attribute_tokens as segment_attribution
 from tests.oracles.architecture_models import FAMILIES
-from tests.oracles.tiny_models import WINDOW, build, construct, one_thread, tokens
+from tests.oracles.threads import one_thread
+from tests.oracles.tiny_models import WINDOW, build, construct, tokens
 
 LENGTH, ANSWER = 27, [25, 26]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}  # of the largest value; float64 models round sinks to float32

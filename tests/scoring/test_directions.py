@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 from locos_fast.models.architecture import UnsupportedModelError, attention_layers
 from locos_fast.scoring import directions
 from locos_fast.scoring.directions import Target, pull_back, token_directions
-from tests.oracles.tiny_models import FAMILIES, build, one_thread
+from tests.oracles.threads import one_thread
+from tests.oracles.tiny_models import FAMILIES, build
 
 HIDDEN, WIDTH, STEPS = 37, 53, 3  # odd, and neither a multiple of a block
 
