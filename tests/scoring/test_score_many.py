@@ -8,7 +8,8 @@ from locos_fast.models.architecture import UnsupportedModelError
 from locos_fast.scoring import scorer as scorer_module
 from tests.oracles.architecture_models import build
 from tests.oracles.scores import assert_same
-from tests.oracles.tiny_models import VOCABULARY, one_thread, tokens
+from tests.oracles.threads import one_thread
+from tests.oracles.tiny_models import VOCABULARY, tokens
 
 HAYSTACK = tokens(60).tolist()
 NINE = ("llama", "mistral", "qwen3", "gemma2", "gemma3", "gemma4", "llama4", "gpt_oss", "qwen3_next")

@@ -8,7 +8,8 @@ from locos_fast.models.prefix_cache import PrefixCache
 from locos_fast.scoring.directions import NORMS
 from tests.oracles.architecture_models import FAMILIES, build
 from tests.oracles.scores import assert_same
-from tests.oracles.tiny_models import WINDOW, one_thread, tokens
+from tests.oracles.threads import one_thread
+from tests.oracles.tiny_models import WINDOW, tokens
 
 LENGTH = 3 * WINDOW + 4
 ANSWER = [LENGTH - 3, LENGTH - 2, LENGTH - 1]
