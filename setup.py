@@ -42,6 +42,8 @@ setup(
         "accelerate",
         "numpy",
         "safetensors",
+        "gguf",
+        "platformdirs",
         "typer",
         "rich",
         "matplotlib",

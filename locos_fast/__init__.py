@@ -11,6 +11,7 @@ are known in `locos_fast.planted`.
 from locos_fast._version import __version__
 from locos_fast.causal.ablation import ablate, layer_matched_heads
 from locos_fast.models.architecture import UnsupportedModelError
+from locos_fast.models.loading import load
 from locos_fast.prompts.trials import Trial
 from locos_fast.scoring.attribute_tokens import attribute_tokens
 from locos_fast.scoring.head_scores import HeadScores
@@ -27,6 +28,7 @@ __all__ = [
     "ablate",
     "attribute_tokens",
     "layer_matched_heads",
+    "load",
     "record",
     "score_tokens",
 ]

