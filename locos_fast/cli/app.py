@@ -53,11 +53,13 @@ def demo(
     from locos_fast.demo import known_heads as demonstration
     from locos_fast.report import pictures
     from locos_fast.report import tables as report
-    from locos_fast.scoring.head_scores import check_output
+    from locos_fast.scoring.head_scores import SCORES
+    from locos_fast.scoring.result_folder import check_writable
 
     folders = {kind: out / kind for kind in demonstration.KINDS}
     for folder in folders.values():
-        check_output(folder, overwrite=overwrite)
+        SCORES.check(folder, overwrite=overwrite)
+        check_writable(folder)
     result = demonstration.run(length, seed=seed, progress=_progress)
     console.print(report.detector_table(result), report.recall_table(result))
     for kind, folder in folders.items():

@@ -44,10 +44,12 @@ def attribute(
     """Rank the passages of a prompt by what all heads wrote from them toward the answer, in one forward pass."""
     from locos_fast.models.loading import ModelSource
     from locos_fast.prompts.text_segments import parse_rule
-    from locos_fast.scoring.passages import check_output
+    from locos_fast.scoring.passages import ATTRIBUTION
+    from locos_fast.scoring.result_folder import check_writable
 
     rule = parse_rule(segments)
-    check_output(out, overwrite=overwrite)
+    ATTRIBUTION.check(out, overwrite=overwrite)
+    check_writable(out)
     source = ModelSource(model, revision, dtype, device, device_map, attn_implementation)
     text = read_text(prompt, "prompt", newline="")
     for name, given in (("prompt", text), ("answer", answer)):

@@ -55,12 +55,14 @@ def score(
     from locos_fast.report import tables as report
     from locos_fast.scoring.diagnosis import diagnose
     from locos_fast.scoring.directions import check_norm
-    from locos_fast.scoring.head_scores import check_output
+    from locos_fast.scoring.head_scores import SCORES
+    from locos_fast.scoring.result_folder import check_writable
     from locos_fast.scoring.score import score_tokens
 
     unit = check_norm(norm)
     if out is not None:
-        check_output(out, overwrite=overwrite)
+        SCORES.check(out, overwrite=overwrite)
+        check_writable(out)
     source = ModelSource(model, revision, dtype, device, device_map, attn_implementation)
     text = read_text(context, "context")
     source.torch_dtype(source.config())  # a wrong model or dtype is said before a wrong prompt

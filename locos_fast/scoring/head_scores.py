@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-SCHEMA_VERSION = 1
+from locos_fast.scoring.result_folder import ResultKind, tensor_bytes
+
+SCORES = ResultKind("scores", "schema_version", 1, ("scores.safetensors", "config.json"), "heads.png")
 ARRAYS = ("score", "l_plus", "l_minus", "dla", "attention_spatial", "wu")
 DETECTOR_NAMES = {"score": "LOCOS", "dla": "DLA", "attention_spatial": "attention-spatial", "wu": "Wu copy score"}
 
@@ -86,21 +86,11 @@ class HeadScores:
         Raises FileExistsError if the folder already holds scores and `overwrite` is False, or holds something else.
         """
         target = Path(directory)
-        check_output(target, overwrite=overwrite)
-        arrays = {name: np.ascontiguousarray(getattr(self, name), dtype=np.float32) for name in ARRAYS}
+        SCORES.check(target, overwrite=overwrite)
+        arrays = {name: np.asarray(getattr(self, name), dtype=np.float32) for name in ARRAYS}
         if self.per_trial is not None:
-            arrays["per_trial"] = np.ascontiguousarray(self.per_trial, dtype=np.float32)
-        config = json.dumps({"schema_version": SCHEMA_VERSION, **self.meta}, indent=2, allow_nan=False) + "\n"
-        target.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=target, prefix=".writing-"))
-        try:
-            save_file(arrays, scratch / "scores.safetensors")
-            (scratch / "config.json").write_text(config, encoding="utf-8")
-            (target / "config.json").unlink(missing_ok=True)  # new scores never stand beside an old config
-            for name in ("scores.safetensors", "config.json"):
-                os.replace(scratch / name, target / name)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            arrays["per_trial"] = np.asarray(self.per_trial, dtype=np.float32)
+        SCORES.write(target, {"scores.safetensors": tensor_bytes(arrays)}, self.meta)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike) -> HeadScores:
@@ -114,9 +104,9 @@ class HeadScores:
             arrays = load_file(source / "scores.safetensors")
         except (ValueError, SafetensorError) as error:
             raise ValueError(f"{source} is not a score folder: {error}") from error
-        version = meta.pop("schema_version", None) if isinstance(meta, dict) else None
-        if version != SCHEMA_VERSION:
-            raise ValueError(f"{source}: expected schema version {SCHEMA_VERSION}, got {version}")
+        version = meta.pop(SCORES.schema, None) if isinstance(meta, dict) else None
+        if version != SCORES.version:
+            raise ValueError(f"{source}: expected schema version {SCORES.version}, got {version}")
         if missing := [name for name in ARRAYS if name not in arrays]:
             raise ValueError(f"{source} is not a score folder: its scores have no {', '.join(missing)}")
         arrays = {name: array.astype(np.float64) for name, array in arrays.items()}
@@ -126,24 +116,6 @@ class HeadScores:
         if name not in ARRAYS:
             raise ValueError(f"by: expected one of {', '.join(ARRAYS)}, got {name!r}")
         return getattr(self, name)
-
-
-def check_output(directory: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that already holds scores, or anything with a config.json of its own, before any work is done."""
-    if directory.exists() and not directory.is_dir():
-        raise FileExistsError(f"{directory} is a file, not a folder")
-    config = directory / "config.json"
-    if config.exists() and "schema_version" not in _read_json(config):
-        raise FileExistsError(f"{directory} holds a config.json that is not of scores; choose another folder")
-    if not overwrite and (config.exists() or (directory / "scores.safetensors").exists()):
-        raise FileExistsError(f"{directory} already holds scores; choose another folder or overwrite them")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return {}
 
 
 def _nan_mean(stack: Array) -> Array:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
-import tempfile
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,13 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from locos_fast.scoring.head_scores import Head
+from locos_fast.scoring.result_folder import ResultKind, tensor_bytes
 
-SCHEMA = "attribution_schema_version"  # not "schema_version", which marks a score folder
-SCHEMA_VERSION = 1
-FILES = ("attribution.safetensors", "passages.jsonl", "config.json")  # config.json last: with it a folder is complete
+FILES = ("attribution.safetensors", "passages.jsonl", "config.json")
+# not "schema_version", which marks a score folder
+ATTRIBUTION = ResultKind("an attribution", "attribution_schema_version", 1, FILES, "attribution.png")
 
 
 class Passage(NamedTuple):
@@ -84,21 +83,11 @@ class PassageAttribution:
         else.
         """
         target = Path(directory)
-        check_output(target, overwrite=overwrite)
+        ATTRIBUTION.check(target, overwrite=overwrite)
         spans = np.array([(passage.start, passage.end) for passage in self.passages], dtype=np.int64)
         lines = (json.dumps(passage._asdict(), ensure_ascii=False) + "\n" for passage in self.passages)
-        config = json.dumps({SCHEMA: SCHEMA_VERSION, **self.meta}, indent=2, allow_nan=False) + "\n"
-        target.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=target, prefix=".writing-"))
-        try:
-            save_file({"logits": np.ascontiguousarray(self.logits), "spans": spans}, scratch / FILES[0])
-            (scratch / FILES[1]).write_text("".join(lines), encoding="utf-8")
-            (scratch / FILES[2]).write_text(config, encoding="utf-8")
-            (target / "config.json").unlink(missing_ok=True)  # new numbers never stand beside an old config
-            for name in FILES:
-                os.replace(scratch / name, target / name)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        arrays = tensor_bytes({"logits": self.logits, "spans": spans})
+        ATTRIBUTION.write(target, {FILES[0]: arrays, FILES[1]: "".join(lines).encode()}, self.meta)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike) -> PassageAttribution:
@@ -114,27 +103,7 @@ class PassageAttribution:
             passages = [Passage(**json.loads(line)) for line in lines if line]
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ValueError(f"{source} is not an attribution folder: {error}") from error
-        version = meta.pop(SCHEMA, None) if isinstance(meta, dict) else None
-        if version != SCHEMA_VERSION:
-            raise ValueError(f"{source}: expected attribution schema version {SCHEMA_VERSION}, got {version}")
+        version = meta.pop(ATTRIBUTION.schema, None) if isinstance(meta, dict) else None
+        if version != ATTRIBUTION.version:
+            raise ValueError(f"{source}: expected attribution schema version {ATTRIBUTION.version}, got {version}")
         return cls(logits, passages, meta)
-
-
-def check_output(directory: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that already holds an attribution, or anything else with a config.json, before any work."""
-    if directory.exists() and not directory.is_dir():
-        raise FileExistsError(f"{directory} is a file, not a folder")
-    config = directory / "config.json"
-    if config.exists() and not _is_attribution(config):
-        raise FileExistsError(f"{directory} holds a config.json that is not of an attribution; choose another folder")
-    if not overwrite and any((directory / name).exists() for name in FILES):
-        raise FileExistsError(
-            f"{directory} already holds an attribution; choose another folder with --out or --overwrite"
-        )
-
-
-def _is_attribution(config: Path) -> bool:
-    try:
-        return SCHEMA in json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, TypeError):
-        return False

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from locos_fast.scoring import head_scores
-from locos_fast.scoring.head_scores import ARRAYS, SCHEMA_VERSION, HeadScores
+from locos_fast.scoring.head_scores import ARRAYS, HeadScores
 
 NAN = float("nan")
 SCORES = [[0.5, -2.0, NAN], [4.0, 0.4, 1.0]]
@@ -123,7 +123,7 @@ def test_files_are_readable_without_this_library(tmp_path: Path) -> None:
     """Plain JSON and safetensors: nothing that runs code when it is loaded."""
     make(meta=META).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
-    assert config == {"schema_version": SCHEMA_VERSION, **META}
+    assert config == {"schema_version": head_scores.SCORES.version, **META}
     arrays = load_file(tmp_path / "scores.safetensors")
     assert sorted(arrays) == sorted(ARRAYS)
     assert {(array.shape, str(array.dtype)) for array in arrays.values()} == {((2, 3), "float32")}
@@ -144,15 +144,15 @@ def test_an_empty_folder_and_other_files_are_no_obstacle(tmp_path: Path) -> None
     assert names(tmp_path) == [*FILES, "trials.jsonl"]
 
 
-@pytest.mark.parametrize(
-    ("present", "content"), [("config.json", '{"schema_version": 0}'), ("scores.safetensors", "precious")]
-)
-def test_a_folder_that_holds_scores_is_not_overwritten(tmp_path: Path, present: str, content: str) -> None:
-    (tmp_path / present).write_text(content)
+@pytest.mark.parametrize("content", ['{"schema_version": 0}', None])
+def test_a_folder_that_holds_scores_is_not_overwritten(tmp_path: Path, content: str | None) -> None:
+    (tmp_path / "scores.safetensors").write_text("precious")
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
     with pytest.raises(FileExistsError, match="already holds scores"):
         make().save_pretrained(tmp_path)
-    assert names(tmp_path) == [present]
-    assert (tmp_path / present).read_text() == content
+    assert (tmp_path / "scores.safetensors").read_text() == "precious"
+    assert (tmp_path / "config.json").exists() == (content is not None)
     make(meta=META).save_pretrained(tmp_path, overwrite=True)
     assert HeadScores.from_pretrained(tmp_path).meta == META
     assert names(tmp_path) == FILES
@@ -179,13 +179,14 @@ class DiskFull(OSError):
     pass
 
 
-def disk_full(arrays: Any, path: Path) -> None:
-    Path(path).write_bytes(b"half of it")
+def disk_full(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data[: len(data) // 2])
     raise DiskFull
 
 
 def test_a_write_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(head_scores, "save_file", disk_full)
+    monkeypatch.setattr(Path, "write_bytes", disk_full)
     with pytest.raises(DiskFull):
         make().save_pretrained(tmp_path)
     assert names(tmp_path) == []
@@ -194,7 +195,7 @@ def test_a_write_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatc
 def test_a_write_that_fails_leaves_the_old_scores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     make(meta=META).save_pretrained(tmp_path)
     before = [(tmp_path / file).read_bytes() for file in FILES]
-    monkeypatch.setattr(head_scores, "save_file", disk_full)
+    monkeypatch.setattr(Path, "write_bytes", disk_full)
     with pytest.raises(DiskFull):
         make(meta={"model": "another"}).save_pretrained(tmp_path, overwrite=True)
     assert names(tmp_path) == FILES
@@ -230,11 +231,11 @@ def rewrite(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
-@pytest.mark.parametrize("version", [None, 0, SCHEMA_VERSION + 1, "1"])
+@pytest.mark.parametrize("version", [None, 0, head_scores.SCORES.version + 1, "1"])
 def test_another_schema_version_is_refused(tmp_path: Path, version: Any) -> None:
     make().save_pretrained(tmp_path)
     rewrite(tmp_path, schema_version=version)
-    with pytest.raises(ValueError, match=f"expected schema version {SCHEMA_VERSION}, got {version}"):
+    with pytest.raises(ValueError, match=f"expected schema version {head_scores.SCORES.version}, got {version}"):
         HeadScores.from_pretrained(tmp_path)
 
 
@@ -247,8 +248,8 @@ def test_a_config_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -
 
 
 def test_a_missing_array_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save = head_scores.save_file
-    monkeypatch.setattr(head_scores, "save_file", lambda arrays, path: save({"score": arrays["score"]}, path))
+    save = head_scores.tensor_bytes
+    monkeypatch.setattr(head_scores, "tensor_bytes", lambda arrays: save({"score": arrays["score"]}))
     make().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"its scores have no l_plus, l_minus"):
         HeadScores.from_pretrained(tmp_path)
