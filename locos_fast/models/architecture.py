@@ -66,17 +66,36 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     found = [module for module in decoder(model).modules() if _is_self_attention(module)]
     layers = [_attention_layer(module) for module in found if _calls_interface(module)]
     if found and not layers:
-        raise UnsupportedModelError(
-            f"{_name(model)} cannot be recorded: {_name(found[0])} computes attention itself "
-            "instead of calling transformers' attention interface"
-        )
+        raise UnsupportedModelError(_computes_itself(model, found[0]))
     if not layers:
-        raise UnsupportedModelError(f"{_name(model)} has no softmax attention layers to record")
+        raise UnsupportedModelError(_without_layers(model))
     layers.sort(key=lambda layer: layer.number)
     numbers = [layer.number for layer in layers]
     if len(set(numbers)) != len(numbers):
         raise UnsupportedModelError(f"{_name(model)} has several attention modules in one layer")
     return layers
+
+
+def _without_layers(model: PreTrainedModel) -> str:
+    """Why no layer of a model was found."""
+    for module in decoder(model).modules():
+        projected = _find_projection(module) is not None
+        if _calls_interface(module):
+            missing = "is not known as an attention layer" if projected else "keeps its output projection elsewhere"
+            return (
+                f"{_name(model)} cannot be recorded: {_name(module)} calls transformers' attention interface, but "
+                f"{missing}"
+            )
+        if "attention" in _name(module).lower() and projected:
+            return _computes_itself(model, module)
+    return f"{_name(model)} has no softmax attention layers to record"
+
+
+def _computes_itself(model: PreTrainedModel, module: nn.Module) -> str:
+    return (
+        f"{_name(model)} cannot be recorded: {_name(module)} computes attention itself "
+        "instead of calling transformers' attention interface"
+    )
 
 
 def head_count(layer: AttentionLayer) -> int:

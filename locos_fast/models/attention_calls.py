@@ -3,7 +3,7 @@
 `attention_calls` wraps the attention implementation the model already uses, in transformers' own registry, and lets it
 do its work. Names, masks and configuration are never touched, so the model's outputs are bit-identical, and the
 registry is put back on exit, also after an exception. What is done with a call is the caller's business: `recording`
-keeps summaries, `segment_attribution` sums contributions.
+keeps summaries, `attribute_tokens` sums contributions.
 """
 
 from __future__ import annotations
@@ -148,15 +148,17 @@ class AnswerRows:
         self.backend, self.receive, self.watch = backend, receive, watch
         self.layer_of = {id(layer.module): layer for layer in self.layers}
         self.filled: dict[int, Tensor] = {}  # layer -> (B or 1, T) bool: which rows were computed
+        self.in_forward: dict[int, Tensor] = {}  # the same, of this forward
         self.inputs = ForwardInputs(None, 0, False)  # of this forward
         self.read_in_forward: dict[tuple, MaskRead] = {}
 
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.inputs = read_forward(module, args, kwargs)
-        self.read_in_forward.clear()
+        self.after_forward()
 
     def after_forward(self, *_: Any) -> None:
         self.read_in_forward.clear()
+        self.in_forward.clear()
 
     def observe(
         self,
@@ -185,12 +187,19 @@ class AnswerRows:
         inside = (local >= 0) & (local < n_queries)  # (B or 1, T)
         steps = inside.any(0).nonzero()[:, 0]
         if len(steps):
+            self._refuse_second_call(layer, inside)
             with timed(self.watch, output.device):
                 query, key, value = (x.to(multiplied_as(x.dtype, x.device)) for x in qkv)
                 with exact():
                     self._hand_over(
                         layer, implementation, (query, key, value), mask, output, kwargs, end, steps, inside[:, steps]
                     )
+
+    def _refuse_second_call(self, layer: AttentionLayer, inside: Tensor) -> None:
+        before = self.in_forward.get(layer.number)
+        if before is not None and bool((before & inside).any()):
+            raise several_calls(layer)
+        self.in_forward[layer.number] = inside if before is None else before | inside
 
     def _hand_over(
         self,
@@ -264,6 +273,14 @@ def row_table(rows: Sequence[int] | Tensor) -> Tensor:
     if table.ndim != 2 or table.shape[1] == 0 or bool((table < 0).any()):
         raise ValueError(f"rows: expected (T,) or (B, T) slots >= 0, got {rows!r}")
     return table
+
+
+def several_calls(layer: AttentionLayer) -> UnsupportedModelError:
+    """For a layer that computes the heads of one row in more than one call."""
+    return UnsupportedModelError(
+        f"layer {layer.number} ({type(layer.module).__name__}) calls its attention function several times for one row, "
+        "and what it makes of the outputs cannot be followed"
+    )
 
 
 def _refuse_call(module: nn.Module, kwargs: dict) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -29,7 +29,9 @@ class Observer(Protocol):
         mask: Any,
         output: Tensor,
         kwargs: dict,
-    ) -> None: ...
+    ) -> Tensor | None:
+        """output: (B, Sq, H, Dv). Returns None, or what the module shall be given instead of the output."""
+        ...
 
 
 class AttentionRegistry:
@@ -84,15 +86,39 @@ class AttentionRegistry:
             AttentionInterface.register(name, before)
 
     def _wrapper(self, name: str, before: Callable | None) -> Callable:
-        def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> tuple:
+        def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple:
             implementation = before or eager_attention(module)
-            result = implementation(module, query, key, value, mask, **kwargs)
+            result = implementation(module, *args, **kwargs)
             observer = self.observers.get(id(module))
-            if observer is not None:
-                observer.observe(module, name, (query, key, value), mask, result[0], kwargs)
-            return result
+            if observer is None:
+                return result
+            given = interface_call(implementation, args, kwargs)
+            instead = observer.observe(module, name, given.qkv, given.mask, result[0], given.others)
+            return result if instead is None else (instead, *result[1:])
 
         return attention
+
+
+class InterfaceCall(NamedTuple):
+    """What an attention module hands to its attention function."""
+
+    qkv: tuple[Tensor, Tensor, Tensor]  # (B, H, Sq, D), (B, Hkv, N, D), (B, Hkv, N, Dv)
+    mask: Any
+    others: dict[str, Any]  # scaling, sliding_window ..., by name
+
+
+INTERFACE = ("query", "key", "value", "attention_mask")  # after the module; the order is transformers' convention
+
+
+def interface_call(implementation: Callable, args: tuple, kwargs: dict[str, Any]) -> InterfaceCall:
+    """Sort the arguments that follow the module. Query, key, value and mask are the function's next four parameters,
+    under whatever name, and may be given by position or by keyword."""
+    parameters = inspect.signature(implementation).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][1:]
+    names += INTERFACE[len(names) :]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    query, key, value, mask = (given.pop(name, None) for name in names[:4])
+    return InterfaceCall((query, key, value), mask, given)
 
 
 registry = AttentionRegistry()

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from locos_fast.models.answer_pass import answer_logits, check_prompt
 from locos_fast.models.architecture import layer_count
 from locos_fast.models.attention_calls import RowsCall, attention_calls
-from locos_fast.models.attention_registry import RecordingError
+from locos_fast.models.head_map import check_head_map, not_handed_over
 from locos_fast.models.residual_stream import take_rows
 from locos_fast.models.token_chunks import TOKENS_PER_CHUNK, token_chunks
 from locos_fast.ops.arguments import checked_spans
@@ -59,6 +59,7 @@ def attribute_tokens(
     positions = sorted(int(position) for position in answer_positions)
     rows = [position - 1 for position in positions]
     sums = _SegmentSums(table, rows)
+    check_head_map(model, input_ids[:, : rows[-1] + 1])
     with torch.inference_mode():
         sums.direction = token_directions(model, Target(input_ids[0, positions]))
         with (
@@ -102,7 +103,7 @@ class _SegmentSums:
     def expect_none(self) -> None:
         """Raises RecordingError if a layer never came to its output projection."""
         if self.pending is not None:
-            raise _astray(self.pending)
+            raise not_handed_over(self.pending.layer)
 
     @exact()
     def _project(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -112,7 +113,7 @@ class _SegmentSums:
         given = args[0] if args else next(x for x in kwargs.values() if isinstance(x, Tensor))
         projected = take_rows(given, [self.rows[step] for step in call.steps])
         if call.layer.projection is not module or projected is None:
-            raise _astray(call)
+            raise not_handed_over(call.layer)
         w, _ = head_directions(module, self.direction.to(given.device), call.output[0], projected)
         sums = call.contribution(w.transpose(0, 1)[None], self.table)
         self.layers[call.layer.number] = sums.span[0].sum(1) / len(self.rows)
@@ -124,13 +125,6 @@ class _SegmentSums:
         for number, sums in self.layers.items():
             result[number, : len(sums)] = sums.cpu().numpy()
         return result
-
-
-def _astray(call: RowsCall) -> RecordingError:
-    return RecordingError(
-        f"layer {call.layer.number} ({type(call.layer.module).__name__}) did not hand the outputs of its heads to its "
-        f"{type(call.layer.projection).__name__}"
-    )
 
 
 def _segment_table(segments: Sequence[Span], tokens: int) -> Tensor:

