@@ -105,7 +105,14 @@ class Variant(NamedTuple):
         """The tile that the launcher takes: a pass over keys alone or values alone counts those alone, twice."""
         head_dim = self.value_dim if self.kernel == "ov_contribution_split" else self.head_dim
         value_dim = self.head_dim if self.kernel == "attention_summary_split" else self.value_dim
-        return tiles.select(self.arch, self.itemsize, head_dim, value_dim)
+        return tiles.select(self.arch, self.itemsize, head_dim, value_dim, self.rows)
+
+    @property
+    def fullest(self) -> list[Variant]:
+        """With the most rows of every tile that the launcher takes for some number of rows."""
+        if self.kernel == "span_output":
+            return [self]
+        return [self._replace(rows=rows) for rows in (16, 32, 64) if self._replace(rows=rows).tile.block_m == rows]
 
 
 class Measured(NamedTuple):
@@ -136,14 +143,16 @@ def _variants(arch: str) -> Iterator[Variant]:
     for dtype, head_dim, value_dim in SHAPES:
         for kernel in filter(reads_tiles, KERNELS):
             fewest = Variant(arch, kernel, dtype, head_dim, value_dim, 16, "none")
-            most = fewest._replace(rows=16 if kernel == "span_output" else fewest.tile.block_m)
-            yield from dict.fromkeys([fewest, most, most._replace(features="all")])
-            if "UNROLLED_SPANS" in KERNELS[kernel].arg_names and (dtype, head_dim) in LOOPED_DIMS:
-                yield most._replace(features="loop")
+            looped = "UNROLLED_SPANS" in KERNELS[kernel].arg_names and (dtype, head_dim) in LOOPED_DIMS
+            yield fewest
+            for most in fewest.fullest:
+                yield from [most] if most != fewest else []
+                yield most._replace(features="all")
+                yield from [most._replace(features="loop")] if looped else []
     for kernel in KERNELS:
         if not reads_tiles(kernel):
             for features in ("none", "all"):
-                yield Variant(arch, kernel, "bf16", 128, 128, 64, features)
+                yield Variant(arch, kernel, "bf16", 128, 128, tiles.COMBINED_ROWS, features)
 
 
 def constants(variant: Variant) -> dict[str, int | bool]:
@@ -155,7 +164,6 @@ def constants(variant: Variant) -> dict[str, int | bool]:
         "SOFTCAP": on,
         "HOLES": on,
         "SINKS": on,
-        "TOTAL": on,
         "SOFTMAX": on,
         "HALVES": variant.dtype != "fp32",
         "UNROLLED_SPANS": UNROLLED_SPANS[variant.features],
@@ -195,7 +203,9 @@ def compile_variant(variant: Variant):
         if p.name.endswith("_ptr") or "_stride_" in p.name
     }
     stages = 1 if variant.kernel == "span_output" else None
-    options = variant.tile.options(variant.arch, variant.rows, stages=stages) if reads_tiles(variant.kernel) else {}
+    options = tiles.FUSED_MULTIPLY_ADD
+    if reads_tiles(variant.kernel):
+        options = variant.tile.options(variant.arch, stages=stages)
     source = ASTSource(kernel, signature=signature, constexprs=constexprs, attrs=aligned)
     return triton.compile(source, target=TARGETS[variant.arch], options=options)
 

@@ -7,7 +7,10 @@ from .rows import row_coordinates
 from .softmax_state import LN_2, LOG2_E, NO_COLUMN, decay, merge
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["n_splits", "steps", "kv_offset"],
+    do_not_specialize_on_alignment=["sink_ptr", "lse_ptr", "total_mass_ptr", "total_ptr"],
+)
 def combine_splits(
     split_largest_ptr,
     split_denominator_ptr,
@@ -26,13 +29,13 @@ def combine_splits(
     kv_offset,
     GROUP: tl.constexpr,
     SINKS: tl.constexpr,
-    TOTAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """Grid (row blocks, B * Hkv). Reads (B * Hkv, splits, rows) states; writes lse, masses, total, argmax (B, H, T)
 
-    and, for the kernels that follow, each row's largest score (base 2) and 1 / its denominator.
+    and, for the kernels that follow, each row's largest score (base 2) and 1 / its denominator. Where nothing was
+    projected, the caller gives any other sum for `split_total_ptr` and does not read the total.
     """
     row_block = tl.program_id(0)
     kv = tl.program_id(1).to(tl.int64)
@@ -49,9 +52,7 @@ def combine_splits(
         mask = (split < n_splits)[:, None] & (row >= 0)[None, :]
         m_s = tl.load(split_largest_ptr + offset, mask=mask, other=float("-inf"))
         denominator_s = tl.load(split_denominator_ptr + offset, mask=mask, other=0.0)
-        total_s = denominator_s
-        if TOTAL:
-            total_s = tl.load(split_total_ptr + offset, mask=mask, other=0.0)
+        total_s = tl.load(split_total_ptr + offset, mask=mask, other=0.0)
         column_s = tl.load(split_column_ptr + offset, mask=mask, other=NO_COLUMN)
         block = tl.reduce((m_s, denominator_s, total_s, column_s), 0, merge)
         m, denominator, total, column = merge(m, denominator, total, column, block[0], block[1], block[2], block[3])
@@ -72,5 +73,4 @@ def combine_splits(
     tl.store(lse_ptr + out, lse, mask=present)
     tl.store(total_mass_ptr + out, denominator * to_alpha, mask=present)
     tl.store(argmax_ptr + out, tl.where(column == NO_COLUMN, -1, column.to(tl.int64) + kv_offset), mask=present)
-    if TOTAL:
-        tl.store(total_ptr + out, total * to_alpha, mask=present)
+    tl.store(total_ptr + out, total * to_alpha, mask=present)

@@ -148,7 +148,10 @@ def ov_contribution_split(
     tl.store(split_column_ptr + offset, column)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["n_splits", "steps"],
+    do_not_specialize_on_alignment=["total_mass_ptr", "total_ptr"],
+)
 def combine_sums(
     split_largest_ptr,
     split_mass_ptr,

@@ -110,7 +110,10 @@ def write_pairs(
         span += 1
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["steps", "n_spans", "block_n"],
+    do_not_specialize_on_alignment=["largest_ptr", "inverse_ptr", "mass_ptr", "span_ptr"],
+)
 def combine_spans(
     start_ptr,
     end_ptr,
@@ -125,13 +128,16 @@ def combine_spans(
     steps,
     n_spans,
     kv_heads,
+    block_n,
     GROUP: tl.constexpr,
     SOFTMAX: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Grid (S, row blocks, B * Hkv): add a span's pairs, as attention weights, into mass and span, (B, H, T, S)."""
+    """Grid (S, row blocks, B * Hkv): add a span's pairs, as attention weights, into mass and span, (B, H, T, S).
+
+    block_n: keys per tile of the kernel that wrote the pairs.
+    """
     span = tl.program_id(0)  # spans may be many: only the first axis takes more than 65,535 programs
     row_block = tl.program_id(1)
     kv = tl.program_id(2).to(tl.int64)
@@ -147,9 +153,9 @@ def combine_spans(
     if SOFTMAX:
         largest = tl.load(largest_ptr + kv * rows + row)
         inverse = tl.load(inverse_ptr + kv * rows + row)
-    for first_tile in range(begin // BLOCK_N, (end + BLOCK_N - 1) // BLOCK_N, BLOCK_T):
+    for first_tile in range(begin // block_n, (end + block_n - 1) // block_n, BLOCK_T):
         tile = first_tile + tl.arange(0, BLOCK_T)
-        mask = (tile * BLOCK_N < end)[:, None] & (row >= 0)[None, :]
+        mask = (tile * block_n < end)[:, None] & (row >= 0)[None, :]
         index = (pair + tile.to(tl.int64)) * kv_heads + kv % kv_heads
         offset = index[:, None] * rows + row[None, :]
         pair_largest = tl.load(pair_largest_ptr + offset, mask=mask, other=float("-inf"))

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from functools import lru_cache, wraps
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from locos_fast.kernels import tiles
-
 MOST_UNROLLED_SPANS = 16  # where more spans than that reach into one tile, the kernel loops over them
+KEPT = 8  # tables of each kind
+
+Table = TypeVar("Table")
+
+
+def _kept(build: Callable[..., Table]) -> Callable[..., Table]:
+    """`build` copies a table to a device; the last few tables are kept, so that no later call waits for a copy.
+
+    A CUDA graph goes on reading the addresses it was captured with: tables asked for meanwhile are kept for good.
+    """
+    recent = lru_cache(maxsize=KEPT)(build)
+    captured: dict[int, Table] = {}
+
+    @wraps(build)
+    def table(*args: Hashable) -> Table:
+        found = recent(*args)
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            captured[id(found)] = found
+        return found
+
+    return table
 
 
 class SpanPlan(NamedTuple):
@@ -31,9 +51,16 @@ class SpanPlan(NamedTuple):
         return _span_plan(_flat(columns), columns.shape[0], batch, n_keys, block_n, device)
 
     @property
+    def table(self) -> tuple[Tensor, ...]:
+        """What a kernel reads."""
+        return self.low, self.high, self.start, self.end, self.pair
+
+    @property
     def unrolled(self) -> int:
-        """UNROLLED_SPANS of the kernels: a power of two that covers every tile, or 0 for a loop."""
-        return tiles.next_power_of_two(max(self.local, 1)) if self.local <= MOST_UNROLLED_SPANS else 0
+        """UNROLLED_SPANS of the kernels: 1, the most, or 0 for a loop. Each is compiled when first met, hence few."""
+        if self.local > MOST_UNROLLED_SPANS:
+            return 0
+        return 1 if self.local <= 1 else MOST_UNROLLED_SPANS
 
     def restore_order(self, sums: Tensor) -> Tensor:
         """(..., B, H, rows, S) sums in the order the spans were given."""
@@ -47,11 +74,11 @@ def _flat(spans: Tensor) -> tuple[int, ...]:
 
 
 def on_device(spans: Tensor, device: torch.device) -> Tensor:
-    """`spans` on `device`; copied once, so that no later call with the same spans waits for the device."""
+    """`spans` on `device`; copied once."""
     return _copied(_flat(spans), spans.shape[0], device)
 
 
-@lru_cache(maxsize=8)
+@_kept
 def _copied(flat: tuple[int, ...], batch_rows: int, device: torch.device) -> Tensor:
     return torch.tensor(flat, device=device).view(batch_rows, -1, 2)
 
@@ -61,7 +88,7 @@ def span_columns(spans: Tensor, kv_offset: int, batch: int, n_keys: int, device:
     return _span_columns(_flat(spans), spans.shape[0], kv_offset, batch, n_keys, device)
 
 
-@lru_cache(maxsize=8)
+@_kept
 def _span_columns(
     flat: tuple[int, ...], batch_rows: int, kv_offset: int, batch: int, n_keys: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -69,7 +96,21 @@ def _span_columns(
     return columns[..., 0].contiguous().to(device), columns[..., 1].contiguous().to(device)
 
 
-@lru_cache(maxsize=8)
+def columns_inside(spans: Tensor, n_keys: int, device: torch.device) -> Tensor:
+    """How many of `n_keys` columns lie in each span of columns, (B or 1, S) int64 on `device`; copied once.
+
+    The same tensor for the same spans: not to be written to.
+    """
+    return _columns_inside(_flat(spans), spans.shape[0], n_keys, device)
+
+
+@_kept
+def _columns_inside(flat: tuple[int, ...], batch_rows: int, n_keys: int, device: torch.device) -> Tensor:
+    columns = torch.tensor(flat).view(batch_rows, -1, 2).clamp(0, n_keys)
+    return (columns[..., 1] - columns[..., 0]).clamp_min(0).to(device)
+
+
+@_kept
 def _span_plan(
     flat: tuple[int, ...], batch_rows: int, batch: int, n_keys: int, block_n: int, device: torch.device
 ) -> SpanPlan:

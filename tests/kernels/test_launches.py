@@ -6,13 +6,11 @@ attempt of the host to look at a value raises.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from locos_fast.models.architecture import attention_layers
 from locos_fast.models.attention_calls import AnswerRows
@@ -24,49 +22,12 @@ from locos_fast.scoring.attribute_tokens import _SegmentSums
 from locos_fast.scoring.recording import _Kept
 from tests.oracles.tiny_models import build
 
-triton_backend = pytest.importorskip("locos_fast.ops.triton_backend")
+pytest.importorskip("triton")
+
+from locos_fast.ops import triton_backend
+from tests.kernels.launch_counts import KERNELS, Operators, count_launches
 
 BATCH, KV_HEADS, GROUP, ROWS, KEYS, DIM = 1, 8, 4, 8, 102_400, 128
-KERNELS = (
-    "attention_contribution_split",
-    "attention_summary_split",
-    "combine_spans",
-    "combine_splits",
-    "combine_sums",
-    "ov_contribution_split",
-    "span_output",
-)
-# what PyTorch answers on the host, without work for the device
-FREE = ("empty", "view", "expand", "slice", "select", "unbind", "detach", "transpose", "alias", "permute", "unsqueeze")
-
-
-class Counter:
-    """Stands for a kernel: kernel[grid](...)."""
-
-    def __init__(self, name: str, launched: list[str]) -> None:
-        self.name, self.launched = name, launched
-
-    def __getitem__(self, grid: Any) -> Counter:
-        return self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        self.launched.append(self.name)
-
-
-class Operators(TorchDispatchMode):
-    """Lists the operators that would do work on the device."""
-
-    def __init__(self, launched: list[str]) -> None:
-        super().__init__()
-        self.launched = launched
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func.__name__.partition(".")[0].strip("_")
-        tensors = [x for x in (result if isinstance(result, tuple | list) else [result]) if isinstance(x, Tensor)]
-        if any(x.device.type == "meta" for x in tensors) and not name.startswith(FREE):
-            self.launched.append(name)
-        return result
 
 
 class Inputs(NamedTuple):
@@ -77,19 +38,10 @@ class Inputs(NamedTuple):
     visibility: Visibility
 
 
-@pytest.fixture(autouse=True)
-def poison_empty_memory() -> None:
-    """Not here, where filling would be counted."""
-
-
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was launched, in order."""
-    found: list[str] = []
-    for name in KERNELS:
-        monkeypatch.setattr(triton_backend, name, Counter(name, found))
-    monkeypatch.setattr(triton_backend, "_architecture", lambda device: "sm_90")
-    yield found
+    return count_launches(monkeypatch)
 
 
 @pytest.fixture
@@ -137,14 +89,17 @@ def test_a_contribution_is_one_pass_however_many_spans(launched: list[str], inpu
     with Operators(launched):
         triton_backend.attention_contribution(*arguments, scale=0.1, counts=counts)
     # a pair that nobody writes, its tile being hidden from every row, keeps what it is filled with
-    assert launched == ["full", "attention_contribution_split", "combine_splits", "combine_spans"]
+    assert launched == ["fill", "attention_contribution_split", "combine_splits", "combine_spans"]
 
 
 def test_given_weights_are_one_pass_however_many_spans(launched: list[str], inputs: Inputs) -> None:
     attn = torch.empty((BATCH, KV_HEADS * GROUP, ROWS, KEYS), dtype=torch.bfloat16, device="meta")
-    spans = spans_of(20_000)
-    triton_backend.ov_contribution(attn, inputs.value, inputs.direction, spans)
-    assert [name for name in launched if name in KERNELS] == ["ov_contribution_split", "combine_sums", "combine_spans"]
+    spans, visible = spans_of(20_000), torch.empty((BATCH, ROWS), dtype=torch.int64, device="meta")
+    triton_backend.ov_contribution(attn, inputs.value, inputs.direction, spans, visible=visible)
+    launched.clear()
+    with Operators(launched):
+        triton_backend.ov_contribution(attn, inputs.value, inputs.direction, spans, visible=visible)
+    assert launched == ["ov_contribution_split", "combine_sums", "combine_spans"]
 
 
 @pytest.fixture

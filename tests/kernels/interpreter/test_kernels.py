@@ -9,7 +9,7 @@ import torch
 
 from locos_fast import ops
 from locos_fast.kernels import tiles
-from locos_fast.ops import Visibility, triton_backend
+from locos_fast.ops import Visibility, triton_partials
 from tests.oracles.attention_problem import (
     LAYOUTS,
     Problem,
@@ -193,7 +193,7 @@ def test_splits_that_a_row_does_not_see_are_empty():
 
 
 def test_more_splits_than_one_round_combines(monkeypatch):
-    monkeypatch.setattr(triton_backend, "COMBINED_AT_ONCE", 2)
+    monkeypatch.setattr(triton_partials, "COMBINED_AT_ONCE", 2)
     spans = [(0, 1100), (40, 60)]
     assert_kernels_within_bound(random_problem(kv_heads=1, group=1, rows=2, keys=1100, spans=spans, sinks=True))
     weights = random_weights_problem(kv_heads=1, group=1, rows=2, keys=1100, spans=spans)
