@@ -93,7 +93,8 @@ def _span_columns(
     flat: tuple[int, ...], batch_rows: int, kv_offset: int, batch: int, n_keys: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     columns = (torch.tensor(flat).view(batch_rows, -1, 2) - kv_offset).clamp(0, n_keys).expand(batch, -1, -1).int()
-    return columns[..., 0].contiguous().to(device), columns[..., 1].contiguous().to(device)
+    start, end = (columns[..., side].clone(memory_format=torch.contiguous_format) for side in (0, 1))
+    return start.to(device), end.to(device)
 
 
 def columns_inside(spans: Tensor, n_keys: int, device: torch.device) -> Tensor:
