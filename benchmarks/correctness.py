@@ -65,7 +65,7 @@ def check(provider: Provider, problem: Problem, truth: Terms, allowed: Terms) ->
 def worst_share(provider: Provider, problem: Problem, truth: Terms, allowed: Terms) -> float:
     """Largest error of a provider as a share of what is allowed."""
     shares = []
-    for result, exact, limit in zip(provider.run(problem), truth, allowed, strict=True):
+    for result, exact, limit in zip(provider.terms(problem), truth, allowed, strict=True):
         if result is not None:
             shares.append(((result.double() - exact).abs() / limit).max())
     return float(torch.stack(shares).max())

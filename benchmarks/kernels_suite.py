@@ -15,7 +15,7 @@ from rich.progress import track
 
 from benchmarks import bandwidth, correctness, kernels_goals, memory, results_table
 from benchmarks.geometries import USUAL_ROWS, Case, Planned, plan
-from benchmarks.measurements import BANDWIDTH, MEMORY, RATIO, TIME, WALL, Absent, Measurement, Results
+from benchmarks.measurements import BANDWIDTH, KERNELS, MEMORY, RATIO, TIME, WALL, Absent, Measurement, Results
 from benchmarks.problem import Problem
 from benchmarks.providers import PROVIDERS
 from benchmarks.suite import Panel, Refused, Suite, line
@@ -92,10 +92,13 @@ def times_of(entry: dict, device: str, cases: dict[str, Case]) -> list[Measureme
             Measurement.of(provider, TIME, wall, case),
             *(Measurement.of(other, RATIO, found, case) for other, found in ratios),
         ]
-    return [
+    found = [
         Measurement.of(provider, TIME, info["device_seconds"], case),
         Measurement.of(provider, WALL, wall, case),
     ]
+    if info["kernel_seconds"]:
+        found.append(Measurement.of(provider, KERNELS, info["kernel_seconds"], case))
+    return found
 
 
 @torch.inference_mode()
@@ -104,7 +107,13 @@ def peak_memory(device: str, results: Results) -> list[Measurement]:
     found = []
     for case in track(results.cases, "peak memory", console=console, transient=True):
         problem = Problem(case, device)
-        for prepared in ("attn", "output", "row_mask"):  # inputs, which are not the provider's memory
+        for prepared in (
+            "attn",
+            "output",
+            "row_mask",
+            "visible",
+            "counts",
+        ):  # inputs, which are not the provider's memory
             getattr(problem, prepared)
         for provider in PROVIDERS:
             if results.median(provider.name, case, TIME) is not None:

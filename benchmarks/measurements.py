@@ -8,8 +8,17 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 TIME, WALL, MEMORY, BANDWIDTH = "time", "wall_time", "peak_extra_memory", "bandwidth"
+KERNELS = "kernel_time"  # of a provider's Triton kernels alone
 OVERHEAD, RATIO = "overhead", "ratio"
-UNITS = {TIME: "s", WALL: "s", MEMORY: "bytes", BANDWIDTH: "bytes/s", OVERHEAD: "fraction", RATIO: "times"}
+UNITS = {
+    TIME: "s",
+    WALL: "s",
+    KERNELS: "s",
+    MEMORY: "bytes",
+    BANDWIDTH: "bytes/s",
+    OVERHEAD: "fraction",
+    RATIO: "times",
+}
 
 
 class Case(Protocol):

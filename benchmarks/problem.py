@@ -9,6 +9,7 @@ from torch import Tensor
 
 from benchmarks.geometries import Case
 from locos_fast.ops import Visibility
+from locos_fast.ops.visibility import KeyCounts, count_keys
 
 CHUNK = 65_536  # keys at a time when the float32 scores of the head output are computed
 
@@ -47,6 +48,11 @@ class Problem:
     def visible(self) -> Tensor:
         """(1, T) int64 number of keys each row sees."""
         return (self.visibility.last - self.visibility.first.clamp_min(0))[None]
+
+    @cached_property
+    def counts(self) -> KeyCounts:
+        """Keys that each row sees, in all and in the needle: one forward pass counts them once for all layers."""
+        return count_keys(self.visibility, torch.tensor([self.spans], device=self.device), 1, self.case.n_keys)
 
     @cached_property
     def attn(self) -> Tensor:

@@ -1,4 +1,8 @@
-"""Everything that is timed: one function per provider, from a `Problem` to the terms of the LOCOS score."""
+"""Everything that is timed: one function per provider, from a `Problem` to what a layer leaves behind.
+
+The terms of the LOCOS score follow from that outside the clock: a model's layers do not compute them one by one. Counts
+of keys, too, belong to the whole forward pass and are given.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from collections.abc import Callable
 from enum import Enum
 from functools import lru_cache
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +21,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks import pipeline
 from benchmarks.geometries import NEEDLE, Case
 from benchmarks.problem import Problem
-from locos_fast.ops import Contributions, attention_contribution, attention_summary, ov_contribution
+from locos_fast.ops import Contributions, Summary, attention_contribution, attention_summary, ov_contribution
+from locos_fast.ops.backends import BackendName
 
 
 class Terms(NamedTuple):
@@ -38,12 +43,18 @@ class Task(Enum):
 class Provider(NamedTuple):
     name: str
     task: Task
-    run: Callable[[Problem], Terms]
+    run: Callable[[Problem], Any]  # what is timed
+    terms_of: Callable[[Problem, Any], Terms]  # of what `run` returned
     bytes_read: Callable[[Case], int]  # inputs that any implementation of this path reads at least once
     absent: Callable[[str], str | None] = lambda device: None  # why it cannot run on a device
     ours: bool = False
     constant_memory: bool = False  # extra memory must not grow with the context
+    kernels: tuple[str, ...] = ()  # Triton kernels of one call, which are also timed alone
     remark: str = ""
+
+    def terms(self, problem: Problem) -> Terms:
+        """Run, and compute the terms."""
+        return self.terms_of(problem, self.run(problem))
 
 
 def terms(problem: Problem, span: Tensor, total: Tensor) -> Terms:
@@ -52,44 +63,62 @@ def terms(problem: Problem, span: Tensor, total: Tensor) -> Terms:
     return Terms(span, scale * (total - span), total)
 
 
-def by_pipeline(problem: Problem) -> Terms:
-    return Terms(*pipeline.from_queries(problem))
+def both_terms(problem: Problem, found: tuple[Tensor, Tensor]) -> Terms:
+    """L+ and L- of a provider that computes just these."""
+    return Terms(*found)
 
 
-def by_pipeline_from_weights(problem: Problem) -> Terms:
-    return Terms(*pipeline.from_weights(problem))
+def total_only(problem: Problem, total: Tensor) -> Terms:
+    return Terms(None, None, total)
 
 
-def by_contribution(backend: str) -> Callable[[Problem], Terms]:
-    def run(problem: Problem) -> Terms:
-        sums = attention_contribution(
+def of_sums(problem: Problem, sums: Contributions) -> Terms:
+    return terms(problem, sums.span[..., 0], sums.total)
+
+
+def of_summary(problem: Problem, summary: Summary) -> Terms:
+    span = (summary.span_output[..., 0, :] * problem.direction).sum(-1)
+    return terms(problem, span, (problem.output * problem.direction).sum(-1))
+
+
+def of_needle_and_total(problem: Problem, sums: tuple[Tensor, Tensor]) -> Terms:
+    return terms(problem, *sums)
+
+
+def by_contribution(backend: BackendName) -> Callable[[Problem], Contributions]:
+    def run(problem: Problem) -> Contributions:
+        return attention_contribution(
             problem.query,
             problem.key,
             problem.value,
             problem.direction,
             problem.spans,
             problem.visibility,
+            counts=problem.counts,
             backend=backend,
         )
-        return _terms_of(problem, sums)
 
     return run
 
 
-def by_summary(backend: str) -> Callable[[Problem], Terms]:
-    def run(problem: Problem) -> Terms:
-        summary = attention_summary(
-            problem.query, problem.key, problem.value, problem.spans, problem.visibility, backend=backend
+def by_summary(backend: BackendName) -> Callable[[Problem], Summary]:
+    def run(problem: Problem) -> Summary:
+        return attention_summary(
+            problem.query,
+            problem.key,
+            problem.value,
+            problem.spans,
+            problem.visibility,
+            counts=problem.counts,
+            backend=backend,
         )
-        span = (summary.span_output[..., 0, :] * problem.direction).sum(-1)
-        return terms(problem, span, (problem.output * problem.direction).sum(-1))
 
     return run
 
 
-def by_ov(backend: str) -> Callable[[Problem], Terms]:
-    def run(problem: Problem) -> Terms:
-        sums = ov_contribution(
+def by_ov(backend: BackendName) -> Callable[[Problem], Contributions]:
+    def run(problem: Problem) -> Contributions:
+        return ov_contribution(
             problem.attn,
             problem.value,
             problem.direction,
@@ -97,20 +126,19 @@ def by_ov(backend: str) -> Callable[[Problem], Terms]:
             visible=problem.visible,
             backend=backend,
         )
-        return _terms_of(problem, sums)
 
     return run
 
 
-def by_sdpa(problem: Problem) -> Terms:
+def by_sdpa(problem: Problem) -> Tensor:
     """One fused attention for all rows of a key/value head, projected: a bound from below, it has no needle sum."""
     seen = slice(problem.case.first_key, None)
     query, key, value = problem.stacked(problem.query), problem.key[:, :, seen], problem.value[:, :, seen]
     output = scaled_dot_product_attention(query, key, value, attn_mask=problem.row_mask, scale=problem.scale)
-    return Terms(None, None, (output.reshape(problem.query.shape) * problem.direction).sum(-1))
+    return (output.reshape(problem.query.shape) * problem.direction).sum(-1)
 
 
-def by_flex(problem: Problem) -> Terms:
+def by_flex(problem: Problem) -> tuple[Tensor, Tensor]:
     """flex_attention for head output and log-sum-exp, the needle's keys once more, everything projected."""
     output, aux = compiled_flex()(
         problem.query,
@@ -121,10 +149,10 @@ def by_flex(problem: Problem) -> Terms:
         enable_gqa=True,
         return_aux=AuxRequest(lse=True),
     )
-    return terms_from_lse(problem, output, aux.lse)
+    return sums_from_lse(problem, output, aux.lse)
 
 
-def by_flash(problem: Problem) -> Terms:
+def by_flash(problem: Problem) -> tuple[Tensor, Tensor]:
     """FlashAttention's kernel for head output and log-sum-exp, then as with flex_attention."""
     window = problem.case.geometry.window
     output, lse, _ = import_module("flash_attn").flash_attn_func(
@@ -134,17 +162,18 @@ def by_flash(problem: Problem) -> Terms:
         window_size=(-1, -1) if window is None else (window - 1, 0),
         return_attn_probs=True,  # which also returns the log-sum-exp
     )
-    return terms_from_lse(problem, output.transpose(1, 2), lse)
+    return sums_from_lse(problem, output.transpose(1, 2), lse)
 
 
-def terms_from_lse(problem: Problem, output: Tensor, lse: Tensor) -> Terms:
-    """The terms from head outputs (1, H, T, D) and log-sum-exps (1, H, T), with a second look at the needle's keys."""
+def sums_from_lse(problem: Problem, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of phi in the needle and over all keys, (1, H, T) each, from head outputs (1, H, T, D) and log-sum-exps
+    (1, H, T), with a second look at the needle's keys."""
     start, end = problem.case.needle
     scores = problem.stacked(problem.query).float() @ problem.key[:, :, start:end].float().mT * problem.scale
     alpha = (scores - problem.stacked(lse[..., None])).exp()
     projected = problem.stacked(problem.direction) @ problem.value[:, :, start:end].float().mT
     span = (alpha * projected).sum(-1).reshape(lse.shape)
-    return terms(problem, span, (output * problem.direction).sum(-1))
+    return span, (output * problem.direction).sum(-1)
 
 
 @lru_cache
@@ -200,11 +229,12 @@ GIVEN_OUTPUT = "the head output is given: the model's own forward pass computes 
 TOTAL_ONLY = "sum over all keys only, no needle sum; not a complete score"
 
 PROVIDERS = (
-    Provider("pipeline", Task.QUERIES, by_pipeline, keys_and_values),
+    Provider("pipeline", Task.QUERIES, pipeline.from_queries, both_terms, keys_and_values),
     Provider(
         "torch.attention_contribution",
         Task.QUERIES,
         by_contribution("torch"),
+        of_sums,
         keys_and_values,
         ours=True,
         constant_memory=True,
@@ -213,6 +243,7 @@ PROVIDERS = (
         "torch.attention_summary",
         Task.QUERIES,
         by_summary("torch"),
+        of_summary,
         keys_only,
         ours=True,
         constant_memory=True,
@@ -222,36 +253,46 @@ PROVIDERS = (
         "triton.attention_contribution",
         Task.QUERIES,
         by_contribution("triton"),
+        of_sums,
         keys_and_values,
         needs_triton,
         ours=True,
+        kernels=("attention_contribution_split", "combine_splits", "combine_spans"),
     ),
     Provider(
         "triton.attention_summary",
         Task.QUERIES,
         by_summary("triton"),
+        of_summary,
         keys_only,
         needs_triton,
         ours=True,
+        kernels=("attention_summary_split", "combine_splits", "span_output"),
         remark=GIVEN_OUTPUT,
     ),
-    Provider("flex_attention", Task.QUERIES, by_flex, keys_and_values, needs_flex_lse),
-    Provider("flash_attention", Task.QUERIES, by_flash, keys_and_values, needs_flash),
-    Provider("sdpa.total", Task.QUERIES, by_sdpa, keys_and_values, remark=TOTAL_ONLY),
-    Provider("pipeline.weights", Task.WEIGHTS, by_pipeline_from_weights, weights_and_values),
+    Provider("flex_attention", Task.QUERIES, by_flex, of_needle_and_total, keys_and_values, needs_flex_lse),
+    Provider("flash_attention", Task.QUERIES, by_flash, of_needle_and_total, keys_and_values, needs_flash),
+    Provider("sdpa.total", Task.QUERIES, by_sdpa, total_only, keys_and_values, remark=TOTAL_ONLY),
+    Provider("pipeline.weights", Task.WEIGHTS, pipeline.from_weights, both_terms, weights_and_values),
     Provider(
         "torch.ov_contribution",
         Task.WEIGHTS,
         by_ov("torch"),
+        of_sums,
         weights_and_values,
         ours=True,
         constant_memory=True,
     ),
-    Provider("triton.ov_contribution", Task.WEIGHTS, by_ov("triton"), weights_and_values, needs_triton, ours=True),
+    Provider(
+        "triton.ov_contribution",
+        Task.WEIGHTS,
+        by_ov("triton"),
+        of_sums,
+        weights_and_values,
+        needs_triton,
+        ours=True,
+        kernels=("ov_contribution_split", "combine_sums", "combine_spans"),
+    ),
 )
 
 BASELINES = {Task.QUERIES: "pipeline", Task.WEIGHTS: "pipeline.weights"}
-
-
-def _terms_of(problem: Problem, sums: Contributions) -> Terms:
-    return terms(problem, sums.span[..., 0], sums.total)

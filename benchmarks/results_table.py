@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.geometries import Case
-from benchmarks.measurements import BANDWIDTH, MEMORY, RATIO, TIME, WALL, Results
+from benchmarks.measurements import BANDWIDTH, KERNELS, MEMORY, RATIO, TIME, WALL, Results
 from benchmarks.providers import BASELINES, PROVIDERS, Provider, Task
 from benchmarks.suite import Cells
 from benchmarks.units import megabytes, milliseconds, times
@@ -23,9 +23,9 @@ def read_bandwidth(results: Results) -> float | None:
     return max((rate for rate in rates if rate is not None), default=None)
 
 
-def share_of_read(results: Results, provider: Provider, case: Case) -> float | None:
-    """What the path must read once, over its time, over the read bandwidth."""
-    seconds, ceiling = results.median(provider.name, case, TIME), read_bandwidth(results)
+def share_of_read(results: Results, provider: Provider, case: Case, metric: str = TIME) -> float | None:
+    """What the path must read once, over its time (or that of its kernels alone), over the read bandwidth."""
+    seconds, ceiling = results.median(provider.name, case, metric), read_bandwidth(results)
     return None if seconds is None or ceiling is None else provider.bytes_read(case) / seconds / ceiling
 
 
@@ -36,7 +36,8 @@ LEFT_ALIGNED = ("provider", "geometry", "dtype")
 def cells(results: Results, device: str) -> Cells:
     """The rows of every case; on a GPU with the time that includes launching."""
     wall = device == "cuda"
-    groups = [[_row(results, provider, case, wall) for provider in PROVIDERS] for case in results.cases]
+    rows = (_row, _kernel_row)
+    groups = [[row(results, p, case, wall) for p in PROVIDERS for row in rows] for case in results.cases]
     return Cells(
         "LOCOS terms of one attention layer, compared with the per-step pipeline",
         [*COLUMNS, "wall"] if wall else COLUMNS,
@@ -46,8 +47,7 @@ def cells(results: Results, device: str) -> Cells:
 
 
 def _row(results: Results, provider: Provider, case: Case, wall: bool) -> list[str] | None:
-    name = provider.name + (" *" if provider.remark else "")
-    where = [name, case.geometry.name, str(case.n_keys), str(case.rows), case.dtype_name]
+    where = _where(provider.name + (" *" if provider.remark else ""), case)
     seconds, share = results.median(provider.name, case, TIME), share_of_read(results, provider, case)
     if seconds is None:
         return [*where, "absent"] if results.reason_absent(provider.name, case) else None
@@ -61,6 +61,21 @@ def _row(results: Results, provider: Provider, case: Case, wall: bool) -> list[s
         "" if share is None else f"{share:.0%}",
     ]
     return [*row, milliseconds(results.median(provider.name, case, WALL))] if wall else row
+
+
+def _kernel_row(results: Results, provider: Provider, case: Case, wall: bool) -> list[str] | None:
+    """The provider's Triton kernels alone; None where they were not timed."""
+    seconds, share = results.median(provider.name, case, KERNELS), share_of_read(results, provider, case, KERNELS)
+    if seconds is None:
+        return None
+    rate = f"{provider.bytes_read(case) / seconds / 1e9:.1f}"
+    of_read = "" if share is None else f"{share:.0%}"
+    row = [*_where(f"{provider.name}, kernels", case), milliseconds(seconds), "", "", "", rate, of_read]
+    return [*row, ""] if wall else row
+
+
+def _where(name: str, case: Case) -> list[str]:
+    return [name, case.geometry.name, str(case.n_keys), str(case.rows), case.dtype_name]
 
 
 def remarks(results: Results, device: str) -> list[str]:

@@ -19,7 +19,7 @@ from benchmarks import (
 )
 from benchmarks.bench_kernels import Turns
 from benchmarks.geometries import LONG, MIDDLE, QWEN3_8B, SHORT, Case
-from benchmarks.measurements import BANDWIDTH, MEMORY, RATIO, TIME, Measurement, Results
+from benchmarks.measurements import BANDWIDTH, KERNELS, MEMORY, RATIO, TIME, Measurement, Results
 from benchmarks.problem import Problem
 from locos_fast import ops
 
@@ -78,7 +78,7 @@ def off_by(factor):
     """The pipeline with a wrong scale."""
 
     def run(problem):
-        return providers.Terms(*(factor * term for term in pipeline.from_queries(problem)))
+        return [factor * term for term in pipeline.from_queries(problem)]
 
     return ON_CPU[0]._replace(run=run)
 
@@ -237,7 +237,7 @@ def test_bandwidth_goal_depends_on_the_rows_of_a_kv_head(geometry, rows, share, 
     provider = next(p for p in providers.PROVIDERS if p.name == "triton.attention_contribution")
     seconds = provider.bytes_read(case) / (share * read)
     measured = [
-        Measurement.of(provider.name, TIME, [seconds], case),
+        Measurement.of(provider.name, KERNELS, [seconds], case),
         Measurement.of(results_table.COPY, BANDWIDTH, [0.9 * read]),
         Measurement.of(results_table.READ, BANDWIDTH, [read]),
     ]
@@ -259,11 +259,11 @@ def test_summary_goal_compares_with_contribution(n_keys, share, passed):
     assert [goal.passed for goal in goals] == ([] if passed is None else [passed]), goals
 
 
-def test_terms_from_log_sum_exp_are_those_of_the_definition():
+def test_sums_from_log_sum_exp_are_those_of_the_definition():
     """What flex_attention and FlashAttention share, with the log-sum-exp of our own summary."""
     problem = Problem(Case(correctness.SMALL[0], 300, 3, torch.float32), "cpu")
     lse = ops.attention_summary(problem.query, problem.key, problem.value, problem.spans, problem.visibility).lse
-    found = providers.terms_from_lse(problem, problem.output, lse)
+    found = providers.terms(problem, *providers.sums_from_lse(problem, problem.output, lse))
     for term, exact in zip(found, correctness.naive_terms(problem, torch.float64), strict=True):
         torch.testing.assert_close(term.double(), exact, atol=1e-5, rtol=0)  # float32 sums of order 1
 
