@@ -111,8 +111,13 @@ def test_occupancy_agrees_with_the_amd_compiler():
 
 
 def most_rows(target):
-    variant = Variant(target, "attention_contribution_split", "bf16", 128, 128, 16, "none")
-    return variant._replace(rows=variant.tile.block_m)
+    return Variant(target, "attention_contribution_split", "bf16", 128, 128, 16, "none").fullest[-1]
+
+
+def test_two_programs_of_64_rows_share_a_multiprocessor_of_an_h100():
+    variant = most_rows("sm_90")
+    assert variant.rows == 64
+    assert Row.of(variants.measure(variant)).programs == 2
 
 
 @pytest.mark.parametrize("target", TARGETS)
