@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from locos_fast.models.architecture import decoder, decoder_layers
-from locos_fast.models.token_chunks import TokenCall, run_in_chunks, token_chunks, token_wise
+from locos_fast.models.token_chunks import token_chunks
 from locos_fast.scoring.head_scores import ARRAYS
 from locos_fast.scoring.score import score_tokens
 from tests.oracles import architecture_models, tiny_models
@@ -17,7 +16,8 @@ TOKENS = 23  # four chunks of five and one of three
 SIZE = 5
 # matrix products of other shapes round differently: a few rounding errors per layer, relative to the largest logit
 ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-13}
-ROUTED_IN_FLOAT32 = {"llama4"}  # whatever the model's dtype
+# whatever the model's dtype: what chunks of other shapes round differently there is worth 6e-8, not 1e-16
+ROUTED_IN_FLOAT32 = {"llama4", "deepseek_v3"}
 
 
 def build(family, *, dtype=torch.float64):
@@ -149,148 +149,6 @@ class TestWhatIsChunked:
             model(tiny_models.tokens(1, TOKENS), use_cache=False).logits.sum().backward()
         assert names == set()
         assert run(model.train(), SIZE)[1] == set()
-
-
-class CentredOverTokens(nn.Module):
-    """Commutes with any permutation of the tokens, and mixes them all the same."""
-
-    def forward(self, x):
-        return x - x.mean(1, keepdim=True)
-
-
-class CausalConvolution(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.kernel = nn.Parameter(torch.tensor([[[0.5, 1.0]]]).expand(32, 1, 2).clone())
-
-    def forward(self, x):
-        padded = nn.functional.pad(x.mT, (1, 0))
-        return nn.functional.conv1d(padded, self.kernel.to(x), groups=32).mT
-
-
-class RunningSum(nn.Module):
-    def forward(self, x):
-        return x.cumsum(1)
-
-
-class CountsTokens(nn.Module):
-    def forward(self, x):
-        return x + torch.arange(x.shape[1])[:, None]
-
-
-class Reverses(nn.Module):
-    def forward(self, x):
-        return x.flip(1)
-
-
-class NormedByAll(nn.Module):
-    def forward(self, x):
-        return x / x.norm()
-
-
-class WritesIntoItsInput(nn.Module):
-    def forward(self, x):
-        return x.mul_(2.0)
-
-
-class RefusesFewTokens(nn.Module):
-    def forward(self, x):
-        if x.shape[1] != TOKENS:
-            raise RuntimeError("made for one length")
-        return x
-
-
-MIXING = [CentredOverTokens, CausalConvolution, RunningSum, CountsTokens, Reverses, NormedByAll]
-UNFIT = [WritesIntoItsInput, RefusesFewTokens]
-
-
-def called(*args, axis=1, **kwargs):
-    return TokenCall(args, kwargs, axis, args[0].shape[axis])
-
-
-def decided(forward, call):
-    return token_wise(nn.Identity(), forward, call)
-
-
-class TestTheExperiment:
-    @pytest.mark.parametrize("kind", [*MIXING, *UNFIT])
-    def test_what_is_not_token_wise_is_left_alone(self, kind):
-        model = tiny_models.build("llama", dtype=torch.float64)
-        decoder_layers(model)[0].mlp = kind().eval()
-        whole, _ = run(model, None)
-        chunked, names = run(model, SIZE)
-        assert not [name for name in names if name.startswith("layers.0.mlp")]
-        assert "layers.1.mlp" in names
-        assert difference(chunked, whole) <= ROUNDING[torch.float64]
-
-    def test_a_convolution_is_not_even_tried(self):
-        class Short(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.conv = nn.Conv1d(32, 32, 3, padding=1)
-                self.calls = 0
-
-            def forward(self, x):
-                self.calls += 1
-                return self.conv(x.mT).mT
-
-        model = tiny_models.build("llama")
-        decoder_layers(model)[0].mlp = short = Short().eval()
-        _, names = run(model, SIZE)
-        assert "layers.0.mlp" not in names
-        assert short.calls == 1
-
-    def test_tensors_along_the_tokens_are_cut_with_them(self):
-        x, gate = torch.randn(2, TOKENS, 6), torch.randn(2, TOKENS, 1)
-        call = called(x, gate=gate, scale=torch.tensor(3.0), bias=torch.randn(6))
-
-        def forward(x, gate, scale, bias):
-            return x * gate * scale + bias
-
-        assert decided(forward, call)
-        assert torch.equal(run_in_chunks(forward, call, SIZE), forward(*call.args, **call.kwargs))
-
-    def test_a_mask_between_tokens_is_not_cut(self):
-        def forward(x, mask):
-            return torch.einsum("bnm,bmd->bnd", mask[:, 0], x)
-
-        assert not decided(forward, called(torch.randn(1, TOKENS, 6), torch.randn(1, 1, TOKENS, TOKENS)))
-
-    @pytest.mark.parametrize("batch", [1, 3])
-    def test_every_output_of_a_tuple_is_put_together(self, batch):
-        def forward(x):  # hidden states, none, router logits as a flat list, experts chosen
-            logits = x.flatten(0, -2)[:, :5]
-            return x * 2, None, logits, logits.topk(2).indices
-
-        call = called(torch.randn(batch, TOKENS, 6))
-        assert decided(forward, call)
-        whole, parts = forward(*call.args), run_in_chunks(forward, call, SIZE)
-        assert isinstance(parts, tuple)
-        assert parts[1] is None
-        assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True) if a is not None)
-
-    def test_experts_may_be_as_many_as_tokens_in_a_chunk(self):
-        call = called(torch.randn(1, TOKENS, 6))
-        forward = lambda x: x.flatten(0, 1)[:, :SIZE]  # (B * tokens, experts)
-        assert torch.equal(run_in_chunks(forward, call, SIZE), forward(*call.args))
-
-    def test_one_near_tie_of_a_router_does_not_decide(self):
-        calls = iter(range(100))
-
-        def forward(x):  # off by much in the first of the draws
-            return x + (1.0 if next(calls) == 0 else 0.0)
-
-        assert decided(forward, called(torch.randn(1, TOKENS, 6)))
-
-    @pytest.mark.parametrize("forward", [lambda x: [x], lambda x: x[:, :3], lambda x: x.sum(), lambda x: x / 0])
-    def test_other_outputs_are_left_alone(self, forward):
-        assert not decided(forward, called(torch.randn(1, TOKENS, 6)))
-
-    def test_random_numbers_of_the_caller_are_untouched(self):
-        model = tiny_models.build("qwen3")
-        before = torch.get_rng_state()
-        run(model, SIZE)
-        assert torch.equal(torch.get_rng_state(), before)
 
 
 class TestPutBack:
