@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,7 +68,11 @@ def score(
     text = read_text(context, "context")
     source.torch_dtype(source.config())  # a wrong model or dtype is said before a wrong prompt
     tokenizer = source.tokenizer()
-    trial = compose(tokenizer, context=text, needle=needle, question=question, answer=answer, depth=depth)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trial = compose(tokenizer, context=text, needle=needle, question=question, answer=answer, depth=depth)
+    for warning in caught:
+        _warn(str(warning.message))
     network, needed = load_model(source, trial.length + len(trial.answer_ids), "context")
     ids = trial.input_ids.to(network.get_input_embeddings().weight.device)
     completeness = diagnose(network).completeness if norm == "none" else None  # frozen scores bring their own
@@ -78,10 +83,7 @@ def score(
         "completeness": completeness or scores.meta["completeness"],
         "revision": revision,
         "answer_tokens": [tokenizer.decode([token]) for token in trial.answer_ids],
-        "question": question,
-        "needle": needle,
-        "answer": answer,
-        "depth": trial.depth,
+        **trial.describe(),
         "memory_estimate_bytes": needed,
     }
     _judge(scores.meta, network.dtype, force)

@@ -3,13 +3,16 @@ answer."""
 
 from __future__ import annotations
 
-import re
+import hashlib
+import warnings
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
+from locos_fast.prompts.text_segments import SENTENCE_END
 from locos_fast.prompts.trials import Trial
 
-SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s)|\n+")
+DEPTH_TOLERANCE = 5  # percent of the context by which a needle may miss its depth without a warning
 
 
 class TokenisedText(NamedTuple):
@@ -24,52 +27,76 @@ class TokenisedText(NamedTuple):
     leading: int
 
 
+class Insertion(NamedTuple):
+    """A context with the needle in it."""
+
+    text: str
+    start: int  # the needle's first character
+    depth: float  # percent of the context in front of the needle
+
+
 def compose(
     tokenizer: Any, *, context: str, needle: str, question: str, answer: str, depth: float | None = None
 ) -> Trial:
     """A trial whose prompt is the context with the needle, a blank line, and the question.
 
     depth: percent of the context in front of the needle, which is inserted at the sentence boundary before that point;
-    None if the context already contains the needle, exactly once.
-    The answer's ids are those that follow the prompt's in the tokenisation of prompt and answer together, or those of
-    the answer alone where the prompt's ids are no prefix.
+    None if the context already contains the needle, exactly once. The trial's `depth` is the one that came about.
+    The answer's ids are those that `continuation` finds; white space around needle and answer is no part of them.
 
-    Raises ValueError, naming the argument, for an empty text, a needle that does not occur exactly once or is longer
-    than the context, a depth outside 0..100, and a tokenizer without character offsets.
+    Warns (UserWarning) if the needle lies more than 5 percent of the context away from the depth that was asked for.
+    Raises ValueError, naming the argument, for a text that is empty, no string or not UTF-8, a needle that does not
+    occur exactly once or is longer than the context, a depth outside 0..100, and a tokenizer without character offsets.
     """
     for name, text in (("context", context), ("needle", needle), ("question", question), ("answer", answer)):
-        if not text.strip():
-            raise ValueError(f"{name}: expected text, got nothing")
-    needle = needle.strip()
+        check_text(name, text)
+    needle, answer = needle.strip(), answer.strip()
     if depth is None:
         start = _only_occurrence(context, needle)
+        placed = Insertion(context, start, 100 * start / max(len(context) - len(needle), 1))
     else:
-        context, start = insert_needle(context, needle, depth)
-    prompt = f"{context}\n\n{question}"
+        placed = insert_needle(context, needle, depth)
+        _warn_of_distance(placed.depth, depth)
+    prompt = f"{placed.text}\n\n{question}"
     tokens = tokenise(tokenizer, prompt)
-    answer_ids = continuation(tokenizer, prompt, tokens.ids, answer)
     return Trial(
         prompt_ids=tokens.ids,
-        needle_span=_span_of(tokens.offsets, start, start + len(needle)),
-        answer_ids=answer_ids,
+        needle_span=_span_of(tokens.offsets, placed.start, placed.start + len(needle)),
+        answer_ids=continuation(tokenizer, prompt, tokens.ids, answer),
         question=question,
         needle=needle,
         answer=answer,
-        depth=100 * start / len(context) if depth is None else depth,
+        depth=placed.depth,
         length=len(tokens.ids),
         id=f"score-{len(tokens.ids)}",
+        requested_depth=None if depth is None else float(depth),
+        context_sha256=hashlib.sha256(context.encode()).hexdigest(),
     )
 
 
-def tokenise(tokenizer: Any, text: str) -> TokenisedText:
-    """Tokens of a text: special tokens as the tokenizer adds them, except an EOS at the end or a second BOS.
+def check_text(name: str, text: Any) -> None:
+    """Raises ValueError, naming the argument, unless this is text with something in it that UTF-8 can hold."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name}: expected text, got {type(text).__name__}")
+    if not text.strip():
+        raise ValueError(f"{name}: expected text, got nothing")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # bytes of a command line that were not UTF-8 arrive as lone surrogates
+        raise ValueError(f"{name}: expected UTF-8 text, got a lone surrogate at character {error.start}") from error
 
-    Raises ValueError for a tokenizer without character offsets.
+
+def tokenise(tokenizer: Any, text: str) -> TokenisedText:
+    """Tokens of a text: special tokens as the tokenizer adds them, but no EOS at the end and no second BOS.
+
+    An EOS that stands in the text itself stays.
+    Raises ValueError for a tokenizer without character offsets and for what is no UTF-8 text.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"tokenizer: {type(tokenizer).__name__} has no character offsets; a fast tokenizer is needed")
+    check_text("text", text)
     encoded = _encode(tokenizer, text, return_offsets_mapping=True)
-    ids = _without_eos(tokenizer, encoded["input_ids"])
+    ids = _without_added_eos(tokenizer, text, encoded["input_ids"])
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     leading = next((i for i, token in enumerate(ids) if token not in special), len(ids))
     return TokenisedText(ids, [(low, high) for low, high in encoded["offset_mapping"]][: len(ids)], leading)
@@ -79,11 +106,15 @@ def continuation(tokenizer: Any, prompt: str, ids: list[int], answer: str) -> li
     """Ids of the answer after the prompt, whose ids are given: those that follow them in the tokenisation of prompt and
     answer together, or those of the answer alone where the prompt's ids are no prefix.
 
-    A space is put between the two unless one of them brings its own.
-    Raises ValueError for an answer without tokens.
+    White space around the answer is taken away; one space is put in front of it unless the prompt ends in white space
+    or the answer begins with a special token, such as EOS.
+    Raises ValueError for an answer without tokens and for what is no UTF-8 text.
     """
-    space = "" if prompt[-1].isspace() or answer[0].isspace() else " "
-    together = _without_eos(tokenizer, _encode(tokenizer, prompt + space + answer)["input_ids"])
+    check_text("answer", answer)
+    answer = answer.strip()
+    glued = prompt[-1:].isspace() or answer.startswith(tuple(tokenizer.all_special_tokens))
+    text = prompt + ("" if glued else " ") + answer
+    together = _without_added_eos(tokenizer, text, _encode(tokenizer, text)["input_ids"])
     if len(together) > len(ids) and together[: len(ids)] == ids:
         return together[len(ids) :]
     alone = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
@@ -92,13 +123,13 @@ def continuation(tokenizer: Any, prompt: str, ids: list[int], answer: str) -> li
     return alone
 
 
-def insert_needle(context: str, needle: str, depth: float) -> tuple[str, int]:
-    """The context with the needle as a sentence of its own, and the needle's first character.
+def insert_needle(context: str, needle: str, depth: float) -> Insertion:
+    """The context with the needle as a sentence of its own.
 
     It goes to the last sentence boundary before `depth` percent of the characters; 0 is the beginning, 100 the end.
     """
-    if not 0 <= depth <= 100:
-        raise ValueError(f"depth: expected percent, 0 to 100, got {depth:g}")
+    if isinstance(depth, bool) or not isinstance(depth, Real) or not 0 <= depth <= 100:
+        raise ValueError(f"depth: expected percent, 0 to 100, got {depth}")
     if len(needle) > len(context):
         raise ValueError(f"needle: {len(needle)} characters are longer than the context of {len(context)}")
     if needle in context:
@@ -109,7 +140,15 @@ def insert_needle(context: str, needle: str, depth: float) -> tuple[str, int]:
     before, after = context[:cut].rstrip(" "), context[cut:].lstrip(" ")
     lead = before if not before or before.endswith("\n") else f"{before} "
     tail = after if not after or after.startswith("\n") else f" {after}"
-    return f"{lead}{needle}{tail}", len(lead)
+    return Insertion(f"{lead}{needle}{tail}", len(lead), 100 * cut / len(context))
+
+
+def _warn_of_distance(depth: float, requested: float) -> None:
+    if abs(depth - requested) > DEPTH_TOLERANCE:
+        warnings.warn(
+            f"depth: asked for {requested:g} percent, but the last sentence boundary before it is at {depth:.3g}",
+            stacklevel=3,
+        )
 
 
 def _only_occurrence(context: str, needle: str) -> int:
@@ -141,9 +180,17 @@ def _wants_special_tokens(tokenizer: Any, prompt: str) -> bool:
     return not (tokenizer.bos_token and prompt.startswith(tokenizer.bos_token))
 
 
-def _without_eos(tokenizer: Any, ids: Sequence[int]) -> list[int]:
-    """Some tokenizers end every text with the end-of-sequence token; nothing is predicted after it."""
+def _without_added_eos(tokenizer: Any, text: str, ids: Sequence[int]) -> list[int]:
+    """Some tokenizers end every text with the end-of-sequence token, after which nothing is predicted. One that stands
+    in the text is the text's."""
     kept = list(ids)
-    while kept and kept[-1] == tokenizer.eos_token_id:
-        kept.pop()
-    return kept
+    if not _ends_of(kept, tokenizer.eos_token_id):
+        return kept
+    own = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    added = _ends_of(kept, tokenizer.eos_token_id) - _ends_of(own, tokenizer.eos_token_id)
+    return kept[: len(kept) - max(added, 0)]
+
+
+def _ends_of(ids: Sequence[int], eos: int | None) -> int:
+    """How many EOS tokens stand at the end."""
+    return next((count for count, token in enumerate(reversed(ids)) if token != eos), len(ids))

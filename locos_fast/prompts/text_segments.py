@@ -8,12 +8,16 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-from locos_fast.prompts.compose import SENTENCE_END
-
 Span = tuple[int, int]  # half-open
 Rule = str | int | list[Span]  # "sentences", "paragraphs", tokens per block, or the spans themselves
 
-PARAGRAPH_END = re.compile(r"\n(?:[^\S\n]*\n)+")  # not the indentation of what follows
+BLANK_LINES = r"\n(?:[^\S\n]*\n)+"  # not the indentation of what follows
+PARAGRAPH_END = re.compile(BLANK_LINES)
+STOP = r"""[.!?…؟۔।॥።։]["'”’“‘»«›‹)\]}]*(?=\s)"""
+WIDE_STOP = r"""[。！？｡]+["'”’」』）】》〉)\]]*"""  # of scripts that put no white space between sentences
+SENTENCE_END = re.compile(f"{STOP}|{WIDE_STOP}|{BLANK_LINES}")
+"""Where a sentence ends: at a stop with the quotes and brackets it closes, or at blank lines; a single newline, as
+of text wrapped by hand, ends none."""
 UNIT_ENDS = {"sentences": SENTENCE_END, "paragraphs": PARAGRAPH_END}
 INTEGER, SPAN = re.compile(r"[+-]?\d{1,18}"), re.compile(r"(\d{1,18}):(\d{1,18})")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ class Trial:
     answer_ids   token ids of the answer
     depth        where the needle lies in the context, in percent: 0 is the beginning, 100 the end
     length       tokens in the prompt
+    requested_depth  the depth that was asked for, where the needle was put at a sentence boundary near it
+    context_sha256   hex digest of the context's text as it was given, in UTF-8, where there is one
 
     Raises ValueError, naming the field, for an empty answer, a span outside the prompt, a depth outside 0..100, or a
     length that is not the prompt's.
@@ -31,6 +34,8 @@ class Trial:
     depth: float
     length: int
     id: str
+    requested_depth: float | None = None
+    context_sha256: str | None = None
 
     def __post_init__(self) -> None:
         start, end = self.needle_span
@@ -56,3 +61,15 @@ class Trial:
         """Indices of the answer's tokens in `input_ids`; row p - 1 of the logits predicts token p."""
         prompt = len(self.prompt_ids)
         return list(range(prompt, prompt + len(self.answer_ids)))
+
+    def describe(self) -> dict[str, Any]:
+        """What was asked and where the needle lies, for the `meta` of scores (JSON)."""
+        return {
+            "trial": self.id,
+            "question": self.question,
+            "needle": self.needle,
+            "answer": self.answer,
+            "depth": self.depth,
+            "requested_depth": self.requested_depth,
+            "context_sha256": self.context_sha256,
+        }

@@ -47,7 +47,8 @@ class LocosScorer:
     ) -> HeadScores:
         """`score_tokens` of the trial's prompt and answer, whose other arguments and errors these are.
 
-        norm and backend are those of the scorer where they are None. `meta` says how the answer was tokenised.
+        norm and backend are those of the scorer where they are None. `meta` says what was asked and how the
+        answer was tokenised.
         """
         return self._score(trial, None, norm, contrast, backend, verify, token_chunk)
 
@@ -121,6 +122,6 @@ class LocosScorer:
             token_chunk=token_chunk,
             prefix=prefix,
         )
-        scores.meta["trial"] = trial.id
+        scores.meta |= trial.describe()
         scores.meta["answer_tokens"] = [self.tokenizer.decode([token]) for token in trial.answer_ids]
         return scores

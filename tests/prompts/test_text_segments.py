@@ -85,13 +85,13 @@ def pieces(text: str, rule: str | int, leading: int = 0) -> list[str]:
     return [text_of(text, offsets, span) for span in cut(text, offsets, rule, leading=leading)]
 
 
-def test_sentences_end_at_stops_before_white_space_and_at_newlines():
+def test_sentences_end_at_stops_before_white_space_and_at_blank_lines():
     text = 'One is 3.5 wide. "Two?" Three!\nFour\n\nFive (six.) Seven'
     assert pieces(text, "sentences") == [
         "One is 3.5 wide.",
         ' "Two?"',
-        " Three!\n",
-        "Four\n\n",
+        " Three!",
+        "\nFour\n\n",
         "Five (six.)",
         " Seven",
     ]
