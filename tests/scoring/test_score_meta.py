@@ -60,8 +60,7 @@ def test_a_trial_is_scored_as_its_tokens() -> None:
     expected = score_tokens(model, ids, (4, 9), [25, 26])
     for name in ARRAYS:
         np.testing.assert_array_equal(getattr(scores, name), getattr(expected, name))
-    assert described(scores) == described(expected) | {
-        "trial": "one",
+    assert described(scores) == described(expected) | trial.describe() | {
         "answer_tokens": [chr(ord("A") + token) for token in ids[0, 25:].tolist()],
     }
 
