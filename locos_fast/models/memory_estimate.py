@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM
 
+from locos_fast.models.foreign_errors import one_value_error
 from locos_fast.models.token_chunks import TOKENS_PER_CHUNK
 
 GIB = 2**30
@@ -48,10 +49,15 @@ class Segments(NamedTuple):
 def estimate(
     config: Any, tokens: int, dtype: torch.dtype, attn_implementation: str | None, summed: Segments | None = None
 ) -> MemoryEstimate:
-    """Estimate a forward over `tokens` tokens; `config` is the model's configuration. summed: of an attribution."""
-    activations, attention = _above_weights(config, tokens, dtype, attn_implementation)
-    sums = 0 if summed is None else summed.bytes(config)
-    return MemoryEstimate(_parameters(config) * dtype.itemsize, activations, attention, sums)
+    """Estimate a forward over `tokens` tokens; `config` is the model's configuration. summed: of an attribution.
+
+    Raises ValueError, in one line, for a configuration from which no model can be built.
+    """
+    with one_value_error("model: config.json describes no model that can be built"):
+        weights = _parameters(config) * dtype.itemsize
+        activations, attention = _above_weights(config, tokens, dtype, attn_implementation)
+        sums = 0 if summed is None else summed.bytes(config)
+    return MemoryEstimate(weights, activations, attention, sums)
 
 
 def available(device: torch.device) -> int:
@@ -107,8 +113,10 @@ def _above_weights(config: Any, tokens: int, dtype: torch.dtype, attn_implementa
 
 
 def _parameters(config: Any) -> int:
+    # code was run already where the configuration's class is not transformers' own; never left open: it would ask
+    trusted = not type(config).__module__.startswith("transformers.")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
