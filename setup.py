@@ -19,6 +19,7 @@ TEST = [
     "pytest-benchmark",
     "pytest-xdist",
     "hypothesis",
+    "import-linter",
     "setuptools>=77",
 ]  # setuptools: the tests build the wheel
 DEV = [*TEST, "ruff", "mypy"]
@@ -38,9 +39,10 @@ setup(
     install_requires=[
         "torch>=2.11",
         'triton>=3.6; sys_platform == "linux"',
-        "transformers>=5.17",
+        "transformers>=5.17.0,<5.25",  # below the first release that `make compat` was not run with
         "accelerate",
         "numpy",
+        "packaging",
         "safetensors",
         "gguf",
         "platformdirs",

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from locos_fast.models.prefix_cache import cache_argument
+
 
 def forward_with_cache(model: PreTrainedModel, *args: Any, cache: Cache, **kwargs: Any) -> ModelOutput:
-    """`model(*args, **kwargs)` that reads and fills `cache`, whatever the model calls it: it is annotated as one."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    name = next(p.name for p in parameters if "Cache" in str(p.annotation))
-    return model(*args, **{name: cache}, **kwargs)
+    """`model(*args, **kwargs)` that reads and fills `cache`."""
+    return model(*args, **{cache_argument(model): cache}, **kwargs)
