@@ -9,9 +9,7 @@ from __future__ import annotations
 import warnings
 from importlib import metadata
 
-import transformers
 from packaging.requirements import Requirement
-from packaging.version import Version
 
 PACKAGE = "locos_fast"
 
@@ -22,13 +20,14 @@ def warn_if_untested() -> None:
     Silent where `locos_fast` is on the path without being installed: then nothing says what was tested.
     """
     try:
+        installed = metadata.version("transformers")
         requirements = [Requirement(line) for line in metadata.requires(PACKAGE) or []]
     except metadata.PackageNotFoundError:
         return
     tested = next(requirement.specifier for requirement in requirements if requirement.name == "transformers")
-    if not tested.contains(Version(transformers.__version__), prereleases=True):
+    if not tested.contains(installed, prereleases=True):
         warnings.warn(
-            f"locos_fast was tested with transformers {tested}, but {transformers.__version__} is installed: "
+            f"locos_fast was tested with transformers {tested}, but {installed} is installed: "
             "a score may be refused or wrong",
             stacklevel=2,
         )
