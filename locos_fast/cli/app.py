@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import torch
+import transformers
 import typer
 from rich.progress import track
 from safetensors import SafetensorError
@@ -15,23 +18,48 @@ from safetensors import SafetensorError
 from locos_fast import __version__
 from locos_fast.cli.attribute import attribute
 from locos_fast.cli.doctor import doctor
-from locos_fast.cli.options import Overwrite, Seed, console, errors
+from locos_fast.cli.options import Overwrite, Seed, console, errors, folder, say, warn
 from locos_fast.cli.planted import planted
 from locos_fast.cli.score import score
+from locos_fast.models.foreign_errors import first_line
+from locos_fast.report.display import shown
 from locos_fast.scoring.recording import RecordingError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 BAD_INPUT = (ValueError, OSError, SafetensorError, RecordingError, MemoryError, torch.OutOfMemoryError)
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer has no other name for it
 
 
 def main() -> None:
     """Entry point: turns an error about the input into one line and exit code 2."""
+    logging = transformers.utils.logging
+    verbosity = logging.get_verbosity()
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        logging.set_verbosity(logging.CRITICAL)  # what is wrong is said here, in one line
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("always", module="locos_fast")
+            warnings.showwarning = lambda message, *_: warn(message)
+            code = app(standalone_mode=len(sys.argv) < 2)  # without arguments typer prints its help
+    except UsageError as error:
+        code = _refuse(f"{error.format_message()} (--help says more)")  # type: ignore[attr-defined]
+    except typer.Abort:
+        code = 130
     except BAD_INPUT as error:
-        errors.print(f"error: {_one_line(error)}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        code = _refuse(first_line(error))
+    except RuntimeError as error:
+        if "not enough memory" not in str(error):  # all that PyTorch says of a CPU's
+            raise
+        code = _refuse(f"memory: {first_line(error)}")
+    finally:
+        logging.set_verbosity(verbosity)
+    sys.exit(code or 0)
+
+
+def _refuse(sentence: str) -> int:
+    errors.print(f"error: {shown(sentence)}", style="red", markup=False, highlight=False, soft_wrap=True)
+    return 2
 
 
 @app.callback(invoke_without_command=True)
@@ -44,7 +72,9 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for scores and picture.")] = Path("demo"),
+    out: Annotated[Path, typer.Option(parser=folder, metavar="FOLDER", help="Folder for scores and picture.")] = Path(
+        "demo"
+    ),
     length: Annotated[int, typer.Option(help="Tokens per prompt.")] = 512,
     seed: Seed = 0,
     overwrite: Overwrite = False,
@@ -57,15 +87,15 @@ def demo(
     from locos_fast.scoring.result_folder import check_writable
 
     folders = {kind: out / kind for kind in demonstration.KINDS}
-    for folder in folders.values():
-        SCORES.check(folder, overwrite=overwrite)
-        check_writable(folder)
+    for target in folders.values():
+        SCORES.check(target, overwrite=overwrite)
+        check_writable(target)
     result = demonstration.run(length, seed=seed, progress=_progress)
     console.print(report.detector_table(result), report.recall_table(result))
-    for kind, folder in folders.items():
-        result.scores[kind].save_pretrained(folder, overwrite=overwrite)
+    for kind, target in folders.items():
+        result.scores[kind].save_pretrained(target, overwrite=overwrite)
     pictures.save_demo_picture(result, out / "heads.png")
-    console.print(f"scores in {', '.join(map(str, folders.values()))}; picture in {out / 'heads.png'}")
+    say(f"scores in {', '.join(map(str, folders.values()))}; picture in {out / 'heads.png'}")
     if not all(result.right("score", kind) for kind in demonstration.KINDS):
         errors.print("LOCOS did not find exactly the planted heads", style="red")
         raise typer.Exit(1)
@@ -77,9 +107,3 @@ for command in (planted, score, attribute, doctor):
 
 def _progress(items: Iterable, what: str) -> Iterable:
     return track(list(items), description=what, console=errors, transient=True)
-
-
-def _one_line(error: BaseException) -> str:
-    from locos_fast.models.loading import first_line
-
-    return first_line(error)

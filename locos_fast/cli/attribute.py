@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from locos_fast.cli.input import load_model, read_text
+from locos_fast.cli.input import check_vocabulary, load_model, own_answer, own_answer_note, read_text
 from locos_fast.cli.options import (
     Attention,
     Device,
@@ -19,8 +19,12 @@ from locos_fast.cli.options import (
     Model,
     Overwrite,
     Revision,
-    console,
+    Trust,
+    draw,
     errors,
+    folder,
+    say,
+    show,
 )
 
 
@@ -37,35 +41,39 @@ def attribute(
     device: Device = None,
     device_map: DeviceMap = None,
     attn_implementation: Attention = None,
-    out: Annotated[Path, typer.Option(help="Folder for array and picture.")] = Path("attribution"),
+    trust_remote_code: Trust = False,
+    out: Annotated[Path, typer.Option(parser=folder, metavar="FOLDER", help="Folder for array and picture.")] = Path(
+        "attribution"
+    ),
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Rank the passages of a prompt by what all heads wrote from them toward the answer, in one forward pass."""
     from locos_fast.models.loading import ModelSource
+    from locos_fast.prompts.compose import check_text
     from locos_fast.prompts.text_segments import parse_rule
+    from locos_fast.report.attribution import save_picture
     from locos_fast.scoring.passages import ATTRIBUTION
     from locos_fast.scoring.result_folder import check_writable
 
     rule = parse_rule(segments)
     ATTRIBUTION.check(out, overwrite=overwrite)
     check_writable(out)
-    source = ModelSource(model, revision, dtype, device, device_map, attn_implementation)
+    source = ModelSource(model, revision, dtype, device, device_map, attn_implementation, trust_remote_code)
     text = read_text(prompt, "prompt", newline="")
-    for name, given in (("prompt", text), ("answer", answer)):
-        if not given.strip():
-            raise ValueError(f"{name}: expected text, got nothing")
-    if any("\ud800" <= character <= "\udfff" for character in answer):
-        raise ValueError("answer: not UTF-8 text")
+    check_text("prompt", text)
+    check_text("answer", answer)
     source.torch_dtype(source.config())  # a wrong model or dtype is said before a wrong prompt
     result = _attribution(source, text, answer, rule)
     result.meta["segments"] = segments
-    result.save_pretrained(out, overwrite=overwrite)
-    _save_picture(result, out / "attribution.png")
     if as_json:
         print(json.dumps(_as_dict(result, top), indent=2, allow_nan=False))
     else:
-        _print(result, top, out)
+        _print(result, top)
+    result.save_pretrained(out, overwrite=overwrite)  # after printing: nothing is lost if it fails
+    draw(save_picture, result, out / ATTRIBUTION.picture)
+    if not as_json:
+        say(f"array and picture in {out}")
 
 
 def _attribution(source: Any, text: str, answer: str, rule: Any) -> Any:
@@ -76,7 +84,7 @@ def _attribution(source: Any, text: str, answer: str, rule: Any) -> Any:
     from locos_fast.models.memory_estimate import Segments
     from locos_fast.prompts.compose import continuation, tokenise
     from locos_fast.prompts.text_segments import cover, cut, text_of
-    from locos_fast.scoring.attribute_tokens import attribute_tokens
+    from locos_fast.scoring.attribute_tokens import attribute_and_predict
     from locos_fast.scoring.passages import Passage, PassageAttribution
 
     tokenizer = source.tokenizer()
@@ -87,10 +95,11 @@ def _attribution(source: Any, text: str, answer: str, rule: Any) -> Any:
     spans = cut(text, tokens.offsets, rule, leading=tokens.leading)
     prompt_length, length = len(tokens.ids), len(tokens.ids) + len(answer_ids)
     network, needed = load_model(source, length, "prompt", Segments(len(spans), len(answer_ids)))
+    check_vocabulary(network, [*tokens.ids, *answer_ids])
     ids = torch.tensor([[*tokens.ids, *answer_ids]], device=network.get_input_embeddings().weight.device)
     positions = list(range(prompt_length, length))
     with errors.status(f"one forward pass over {length} tokens"):
-        logits = attribute_tokens(network, ids, positions, spans)
+        logits, predicted = attribute_and_predict(network, ids, positions, spans)
     names = tokenizer.convert_ids_to_tokens(tokens.ids)
     passages = [
         Passage(start, end, text_of(text, tokens.offsets, (start, end)) or "".join(names[start:end]))
@@ -105,6 +114,7 @@ def _attribution(source: Any, text: str, answer: str, rule: Any) -> Any:
         "answer": answer,
         "answer_ids": answer_ids,
         "answer_tokens": [tokenizer.decode([token]) for token in answer_ids],
+        **own_answer(tokenizer, predicted, answer_ids),
         "answer_positions": positions,
         "cover": cover(spans, prompt_length)._asdict(),
         "memory_estimate_bytes": needed,
@@ -133,25 +143,19 @@ def _as_dict(result: Any, top: int) -> dict[str, Any]:
     return {"passages": passages, "pairs": pairs, "meta": result.meta}
 
 
-def _print(result: Any, top: int, out: Path) -> None:
+def _print(result: Any, top: int) -> None:
     from locos_fast.prompts.text_segments import Cover
     from locos_fast.report import attribution as attribution_report
 
     meta = result.meta
-    console.print(attribution_report.passages_table(result, top), attribution_report.pairs_table(result, top))
+    show(attribution_report.passages_table(result, top), attribution_report.pairs_table(result, top))
     answer = zip(meta["answer_tokens"], meta["answer_ids"], strict=True)
     lines = [
         f"answer tokens: {', '.join(f'{token!r} ({i})' for token, i in answer)}",
         str(Cover(**meta["cover"])),
         f"tokens are the prompt's, special ones included; those of the answer ({len(meta['answer_ids'])}) "
         "follow them and lie in no segment",
-        f"array and picture in {out}",
+        own_answer_note(meta),
     ]
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _save_picture(result: Any, path: Path) -> None:
-    from locos_fast.report import attribution as attribution_report
-
-    attribution_report.save_picture(result, path)
+    for line in filter(None, lines):
+        say(line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from locos_fast.cli.input import load_model
-from locos_fast.cli.options import Attention, Device, DeviceMap, Dtype, Json, Model, Revision, console
+from locos_fast.cli.options import Attention, Device, DeviceMap, Dtype, Json, Model, Revision, Trust, say, show
 
 
 def doctor(
@@ -15,6 +15,7 @@ def doctor(
     device: Device = None,
     device_map: DeviceMap = None,
     attn_implementation: Attention = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Say what can be scored on a model, layer by layer, and how exactly: one short forward pass, no tokenizer."""
@@ -22,12 +23,12 @@ def doctor(
     from locos_fast.report import tables as report
     from locos_fast.scoring import diagnosis
 
-    source = ModelSource(model, revision, dtype, device, device_map, attn_implementation)
+    source = ModelSource(model, revision, dtype, device, device_map, attn_implementation, trust_remote_code)
     network, _ = load_model(source, diagnosis.PROMPT_TOKENS, "model")
     result = diagnosis.diagnose(network)
     if as_json:
         print(json.dumps(result.as_dict(), indent=2, allow_nan=False))
         return
-    console.print(report.diagnosis_table(result))
+    show(report.diagnosis_table(result))
     for line in report.diagnosis_summary(result):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(line)

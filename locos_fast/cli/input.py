@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,13 @@ if TYPE_CHECKING:
 
 def read_text(path: Path, argument: str, *, newline: str | None = None) -> str:
     r"""The text of a UTF-8 file; newlines become "\n" unless `newline` is "". Raises ValueError naming `argument`."""
-    if not path.is_file():
+    if not path.exists() or path.is_dir():  # a pipe will do: /dev/stdin, <(command)
         raise ValueError(f"{argument}: no file {str(path)!r}")
     try:
         with path.open(encoding="utf-8", newline=newline) as file:
             return file.read()
+    except OSError as error:
+        raise ValueError(f"{argument}: cannot read {str(path)!r}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{argument}: {str(path)!r} is not UTF-8 text ({error.reason} at byte {error.start})"
@@ -45,3 +48,38 @@ def load_model(source: Any, tokens: int, argument: str, summed: Segments | None 
     else:
         needed = estimate(config, tokens, dtype, source.attn_implementation, summed)
     return source.load(), needed.total
+
+
+def check_vocabulary(network: Any, ids: Iterable[int]) -> None:
+    """Raises ValueError if the tokenizer gave an id that the model has no row for."""
+    rows = min(
+        len(table.weight) for table in (network.get_input_embeddings(), network.get_output_embeddings()) if table
+    )
+    if (largest := max(ids)) >= rows:
+        raise ValueError(
+            f"model: the tokenizer gives token id {largest}, the model's vocabulary has {rows}; it is another model's"
+        )
+
+
+def own_answer(tokenizer: Any, predicted: Sequence[int], answer: Sequence[int]) -> dict[str, Any]:
+    """For `meta`: what the model itself would have written in place of each answer token, those before it given."""
+    return {
+        "predicted_ids": list(predicted),
+        "predicted_tokens": [tokenizer.decode([token]) for token in predicted],
+        "answer_is_predicted": list(predicted) == list(answer),
+    }
+
+
+def own_answer_note(meta: Mapping[str, Any]) -> str | None:
+    """One line for people, None where the model would have answered the same."""
+    if meta["answer_is_predicted"]:
+        return None
+    step = next(
+        i for i, ids in enumerate(zip(meta["predicted_ids"], meta["answer_ids"], strict=True)) if len({*ids}) > 1
+    )
+    after = f", after {''.join(meta['answer_tokens'][:step])!r}" if step else ""
+    other, given = meta["predicted_tokens"][step], meta["answer_tokens"][step]
+    return (
+        f"note: the model itself would not have answered this: it would write {other!r} instead of {given!r}{after}; "
+        "heads are scored toward it all the same"
+    )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from locos_fast.cli.input import load_model, read_text
+from locos_fast.cli.input import check_vocabulary, load_model, own_answer, own_answer_note, read_text
 from locos_fast.cli.options import (
     Attention,
     Device,
@@ -21,8 +20,12 @@ from locos_fast.cli.options import (
     Out,
     Overwrite,
     Revision,
-    console,
+    Trust,
+    draw,
     errors,
+    say,
+    show,
+    warn,
 )
 from locos_fast.scoring.head_scores import ARRAYS
 
@@ -46,6 +49,7 @@ def score(
     verify: Annotated[bool, typer.Option(help="Check the recording against the head outputs.")] = False,
     timing: Annotated[bool, typer.Option(help="Also print seconds and peak memory.")] = False,
     force: Annotated[bool, typer.Option(help="Keep scores whose parts do not add up to the model's logit.")] = False,
+    trust_remote_code: Trust = False,
     out: Out = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -54,6 +58,7 @@ def score(
     from locos_fast.models.loading import ModelSource
     from locos_fast.prompts.compose import compose
     from locos_fast.report import tables as report
+    from locos_fast.report.pictures import save_heat_map
     from locos_fast.scoring.diagnosis import diagnose
     from locos_fast.scoring.directions import check_norm
     from locos_fast.scoring.head_scores import SCORES
@@ -64,35 +69,36 @@ def score(
     if out is not None:
         SCORES.check(out, overwrite=overwrite)
         check_writable(out)
-    source = ModelSource(model, revision, dtype, device, device_map, attn_implementation)
+    source = ModelSource(model, revision, dtype, device, device_map, attn_implementation, trust_remote_code)
     text = read_text(context, "context")
     source.torch_dtype(source.config())  # a wrong model or dtype is said before a wrong prompt
     tokenizer = source.tokenizer()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trial = compose(tokenizer, context=text, needle=needle, question=question, answer=answer, depth=depth)
-    for warning in caught:
-        _warn(str(warning.message))
+    trial = compose(tokenizer, context=text, needle=needle, question=question, answer=answer, depth=depth)
     network, needed = load_model(source, trial.length + len(trial.answer_ids), "context")
+    check_vocabulary(network, [*trial.prompt_ids, *trial.answer_ids])
     ids = trial.input_ids.to(network.get_input_embeddings().weight.device)
-    completeness = diagnose(network).completeness if norm == "none" else None  # frozen scores bring their own
-    scores = score_tokens(network, ids, trial.needle_span, trial.answer_positions, norm=unit, verify=verify)
+    with errors.status(f"one forward pass over {ids.shape[1]} tokens"):
+        completeness = diagnose(network).completeness if norm == "none" else None  # frozen scores bring their own
+        scores = score_tokens(network, ids, trial.needle_span, trial.answer_positions, norm=unit, verify=verify)
     scores.meta |= {
         "protocol": "teacher-forced answer after context, blank line, question",
         "span": "needle tokens against all other keys the answer row sees",
         "completeness": completeness or scores.meta["completeness"],
         "revision": revision,
+        "verified": verify,
         "answer_tokens": [tokenizer.decode([token]) for token in trial.answer_ids],
+        **own_answer(tokenizer, scores.meta["predicted_ids"], trial.answer_ids),
+        "needle_tokens": [tokenizer.decode([token]) for token in trial.prompt_ids[slice(*trial.needle_span)]],
         **trial.describe(),
         "memory_estimate_bytes": needed,
     }
     _judge(scores.meta, network.dtype, force)
-    if out is not None:
-        scores.save_pretrained(out, overwrite=overwrite)
-        _save_picture(scores, out / "heads.png")
     _print_scores(scores, top, as_json)
     if timing and not as_json:  # JSON has it in any case
-        console.print(report.cost_line(scores.meta["cost"]), markup=False, highlight=False, soft_wrap=True)
+        say(report.cost_line(scores.meta["cost"]))
+    if out is not None:  # after printing: nothing is lost if it fails
+        scores.save_pretrained(out, overwrite=overwrite)
+        draw(save_heat_map, scores, out / SCORES.picture, title=f"LOCOS score, {scores.meta['model']}")
 
 
 def _judge(meta: dict[str, Any], dtype: Any, force: bool) -> None:
@@ -104,17 +110,13 @@ def _judge(meta: dict[str, Any], dtype: Any, force: bool) -> None:
     if sentence is None:
         return
     if meta["norm"] == "none":
-        _warn(f'true logit units (norm="frozen") cannot be had exactly from this model: {sentence}')
+        warn(f'true logit units (norm="frozen") cannot be had exactly from this model: {sentence}')
     elif verdict_of(meta["completeness"], dtype) == "wrong" and not force:
         raise ValueError(
             f"completeness: {sentence}; the scores are not logits. --force keeps them, --norm none does not need it"
         )
     else:
-        _warn(sentence)
-
-
-def _warn(sentence: str) -> None:
-    errors.print(f"warning: {sentence}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        warn(sentence)
 
 
 def _print_scores(scores: Any, top: int, as_json: bool) -> None:
@@ -125,22 +127,19 @@ def _print_scores(scores: Any, top: int, as_json: bool) -> None:
             {"head": f"{layer}-{head}"} | {name: float(getattr(scores, name)[layer, head]) for name in ARRAYS}
             for layer, head in scores.top(top)
         ]
-        print(json.dumps({"heads": heads, "meta": scores.meta}, indent=2))
+        print(json.dumps({"heads": heads, "meta": scores.meta}, indent=2, allow_nan=False))
         return
-    console.print(report.scores_table(scores, top))
+    show(report.scores_table(scores, top))
     tokens = ", ".join(f"{token!r} ({i})" for token, i in _answer_tokens(scores))
-    console.print(f"scored answer tokens: {tokens}", markup=False)
+    say(f"scored answer tokens: {tokens}")
     for start, end in scores.meta["needle_spans"]:
-        console.print(f"needle: tokens {start} to {end - 1} of {scores.meta['tokens']}", highlight=False)
-    if scores.meta["predicted_ids"] != scores.meta["answer_ids"]:
-        console.print("note: the model itself would not have answered this; heads are scored toward it all the same")
+        needle = " ".join(map(repr, scores.meta["needle_tokens"]))
+        say(f"needle: tokens {start} to {end - 1} of {scores.meta['tokens']}: {needle}")
+    if scores.meta["verified"]:
+        say("verified: the recording reproduces the outputs of the heads")
+    if note := own_answer_note(scores.meta):
+        say(note)
 
 
 def _answer_tokens(scores: Any) -> Iterable[tuple[str, int]]:
     return zip(scores.meta["answer_tokens"], scores.meta["answer_ids"], strict=True)
-
-
-def _save_picture(scores: Any, path: Path) -> None:
-    from locos_fast.report.pictures import save_heat_map
-
-    save_heat_map(scores, path, title=f"LOCOS score, {scores.meta['model']}")

@@ -67,6 +67,8 @@ class PlantedModel:
             raise ValueError(f"directory: expected a folder or a new path, got the file {folder}")
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        for weights in folder.glob("*.safetensors"):  # safetensors makes them readable to nobody else
+            weights.chmod((folder / "config.json").stat().st_mode & 0o777)
         (folder / HEADS_FILE).write_text(json.dumps(self.heads, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
@@ -128,12 +130,12 @@ def trial(length: int, kind: str, *, depth: float, seed: int) -> Trial:
 
     The needle begins at the sentence boundary nearest to `depth` percent of the filler text. A seed asks about the same
     entities at every length, depth and kind.
-    Raises ValueError for another kind, a length under 8 tokens, or a depth outside 0..100.
+    Raises ValueError for another kind, a length under 8 or above 131,072 tokens, or a depth outside 0..100.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-    if length < MIN_TRIAL_LENGTH:
-        raise ValueError(f"length: expected at least {MIN_TRIAL_LENGTH} tokens, got {length}")
+    if not MIN_TRIAL_LENGTH <= length <= MAX_LENGTH:
+        raise ValueError(f"length: expected {MIN_TRIAL_LENGTH} to {MAX_LENGTH} tokens, got {length}")
     if not 0 <= depth <= 100:
         raise ValueError(f"depth: expected a percentage in 0..100, got {depth}")
     rng = random.Random(seed)

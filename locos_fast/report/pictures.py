@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,25 +10,32 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from locos_fast.demo.known_heads import DECOYS, DETECTORS, KINDS, DemoResult
+from locos_fast.report.display import shown
 from locos_fast.scoring.head_scores import DETECTOR_NAMES, Head, HeadScores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MARKS = {"planted": ("s", "black"), "read_only": ("o", "tab:orange"), "write_only": ("^", "tab:purple")}
+BEST = 5  # heads marked in a heat map
 
 
 def save_heat_map(scores: HeadScores, path: Path, *, title: str) -> None:
-    """One heat map, layers x heads, of the LOCOS score."""
+    """One heat map, layers x heads, of the LOCOS score, its best heads marked."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     layers, heads = scores.score.shape
+    unit = "logits" if scores.meta.get("norm") == "frozen" else "logits before the final norm"
     figure, axes = pyplot.subplots(figsize=(2 + 0.25 * heads, 1.5 + 0.25 * layers), layout="constrained")
-    _draw(axes, scores, "score", title)
-    figure.savefig(path, dpi=120)
+    _draw(axes, scores, "score", shown(title), unit=unit)
+    for layer, head in scores.top(BEST):
+        axes.scatter(head, layer, s=60, marker="s", facecolors="none", edgecolors="black")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a model's name may be in any script
+        figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
@@ -51,13 +59,20 @@ def save_demo_picture(result: DemoResult, path: Path) -> None:
 
 
 def _draw(
-    axes: Axes, scores: HeadScores, by: str, title: str, marks: Mapping[str, Iterable[Head]] | None = None
+    axes: Axes,
+    scores: HeadScores,
+    by: str,
+    title: str,
+    marks: Mapping[str, Iterable[Head]] | None = None,
+    *,
+    unit: str | None = None,
 ) -> None:
     values = getattr(scores, by)
     limit = np.nanmax(np.abs(values), initial=0.0) or 1.0
     image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
-    axes.figure.colorbar(image, ax=axes, shrink=0.9)
-    axes.set(xlabel="head", ylabel="layer", title=title)
+    axes.figure.colorbar(image, ax=axes, shrink=0.9, label=unit)
+    axes.set(xlabel="head", ylabel="layer")
+    axes.set_title(title, parse_math=False)
     for role, heads in (marks or {}).items():
         marker, colour = MARKS[role]
         layer_of, head_of = zip(*heads, strict=True)

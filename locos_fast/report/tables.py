@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from locos_fast.demo.known_heads import CHANCE, DECOYS, DETECTORS, KINDS, DemoResult
+from locos_fast.report.display import shown
 from locos_fast.scoring.head_scores import DETECTOR_NAMES, HeadScores, head_name
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ def scores_table(scores: HeadScores, k: int) -> Table:
     unit = "logits" if norm == "frozen" else "logits before the final norm"
     table = Table(title=f"Top {k} heads by LOCOS score ({unit}, norm={norm})")
     for column in ("head", "S = L+ - L-", "L+", "L-", "DLA", "attention-spatial", "Wu"):
-        table.add_column(column, justify="left" if column == "head" else "right")
+        table.add_column(column, justify="left" if column == "head" else "right", no_wrap=True)
     for head in scores.top(k):
         arrays = (scores.score, scores.l_plus, scores.l_minus, scores.dla, scores.attention_spatial, scores.wu)
         table.add_row(head_name(head), *(f"{array[head]:+.4g}" for array in arrays))
@@ -82,7 +84,7 @@ def recall_table(result: DemoResult) -> Table:
 
 def diagnosis_table(diagnosis: Diagnosis) -> Table:
     """Layer by layer: what it is, how many heads of what size, and how exactly they are scored."""
-    table = Table(title=f"{diagnosis.model}: what is scored, and how exactly")
+    table = Table(title=f"{escape(shown(diagnosis.model))}: what is scored, and how exactly")
     for column in ("layer", "kind", "heads", "KV heads", "head dim", "residual", "scored"):
         table.add_column(column, justify="left" if column in ("kind", "scored") else "right")
     for layer in diagnosis.layers:
@@ -91,7 +93,7 @@ def diagnosis_table(diagnosis: Diagnosis) -> Table:
             size += f", values {layer.value_dim}"
         heads = ("-" if count is None else str(count) for count in (layer.heads, layer.kv_heads))
         verdict = layer.verdict if layer.reason is None else f"{layer.verdict}: {layer.reason}"
-        table.add_row(str(layer.number), layer.kind, *heads, size, _residual(layer.residual), verdict)
+        table.add_row(str(layer.number), layer.kind, *heads, size, _residual(layer.residual), escape(shown(verdict)))
     return table
 
 

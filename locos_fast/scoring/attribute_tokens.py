@@ -54,6 +54,22 @@ def attribute_tokens(
     needle, the segment of the needle is its L+. Layers without softmax attention are NaN.
     Raises ValueError for arguments that do not fit and UnsupportedModelError for models that cannot be recorded.
     """
+    return attribute_and_predict(
+        model, input_ids, answer_positions, segments, backend=backend, token_chunk=token_chunk
+    )[0]
+
+
+def attribute_and_predict(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    answer_positions: Sequence[int],
+    segments: Sequence[Span],
+    *,
+    backend: str = "auto",
+    token_chunk: int | None = TOKENS_PER_CHUNK,
+) -> tuple[NDArray, list[int]]:
+    """As `attribute_tokens`; also the tokens that the model itself would have written at the answer's positions, in
+    increasing order, those before each given."""
     check_prompt(input_ids, answer_positions)
     table = _segment_table(segments, input_ids.shape[1])
     positions = sorted(int(position) for position in answer_positions)
@@ -67,10 +83,10 @@ def attribute_tokens(
             sums.projections(layer.projection for layer in calls.layers),
             token_chunks(model, token_chunk),
         ):
-            answer_logits(model, input_ids[:, : rows[-1] + 1], rows)
+            logits = answer_logits(model, input_ids[:, : rows[-1] + 1], rows)
             sums.expect_none()
         calls.check_complete()
-        return sums.result(layer_count(model))
+        return sums.result(layer_count(model)), logits.argmax(-1).tolist()
 
 
 class _SegmentSums:

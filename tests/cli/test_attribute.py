@@ -198,7 +198,7 @@ BAD = {
     "no prompt file": ({"prompt": "missing.txt"}, "prompt: no file"),
     "prompt is a folder": ({"prompt": "."}, "prompt: no file"),
     "empty answer": ({"answer": ""}, "answer: expected text"),
-    "answer that is no text": ({"answer": "caf\udce9"}, "answer: not UTF-8 text"),
+    "answer that is no text": ({"answer": "caf\udce9"}, "answer: expected UTF-8 text"),
     "blank answer": ({"answer": " \n"}, "answer: expected text"),
     "unknown segments": ({"segments": "words"}, "segments: expected sentences, paragraphs, N or START:END"),
     "no segments": ({"segments": ""}, "segments: expected sentences, paragraphs, N or START:END"),
