@@ -52,9 +52,8 @@ def load_model(source: Any, tokens: int, argument: str, summed: Segments | None 
 
 def check_vocabulary(network: Any, ids: Iterable[int]) -> None:
     """Raises ValueError if the tokenizer gave an id that the model has no row for."""
-    rows = min(
-        len(table.weight) for table in (network.get_input_embeddings(), network.get_output_embeddings()) if table
-    )
+    tables = (network.get_input_embeddings(), network.get_output_embeddings())
+    rows = min(len(table.weight) for table in tables if table is not None)
     if (largest := max(ids)) >= rows:
         raise ValueError(
             f"model: the tokenizer gives token id {largest}, the model's vocabulary has {rows}; it is another model's"
