@@ -6,17 +6,12 @@ import re
 from collections.abc import Iterator
 
 import torch
-from transformers import AutoModelForCausalLM, FalconConfig, MambaConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from locos_fast.models.architecture import UnsupportedModelError
 from locos_fast.scoring.diagnosis import Diagnosis, diagnose
+from tests.oracles import further_families
 from tests.oracles.architecture_models import FAMILIES, build
-
-# families that no version of this library records
-REFUSED = (
-    FalconConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, vocab_size=64),
-    MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=64, state_size=4),
-)
 
 
 def markdown() -> str:
@@ -35,8 +30,7 @@ def markdown() -> str:
 def _models() -> Iterator[PreTrainedModel]:
     for family, settings in FAMILIES.items():
         yield build(family, settings.implementations[0], dtype=torch.float32)
-    for config in REFUSED:
-        yield AutoModelForCausalLM.from_config(config).eval()
+    yield from further_families.models()
 
 
 def _examine(model: PreTrainedModel) -> tuple[set[str], str]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj")
+OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo", "Wo", "proj")
 
 
 class UnsupportedModelError(ValueError):
@@ -31,9 +31,10 @@ class AttentionLayer(NamedTuple):
 def decoder(model: PreTrainedModel) -> nn.Module:
     """The text decoder: the module that owns the list of layers and takes token embeddings through it."""
     root = model.get_decoder() if hasattr(model, "get_decoder") else model
-    for module in root.modules():
-        if any(_holds_layers(child) for child in module.children()):
-            return module
+    for within in (root, model):  # what a model calls its decoder may be its unembedding (ModernBERT)
+        for module in within.modules():
+            if any(_holds_layers(child) for child in module.children()):
+                return module
     return root
 
 
@@ -78,7 +79,7 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
 
 def _without_layers(model: PreTrainedModel) -> str:
     """Why no layer of a model was found."""
-    for module in decoder(model).modules():
+    for module in model.modules():
         projected = _find_projection(module) is not None
         if _calls_interface(module):
             missing = "is not known as an attention layer" if projected else "keeps its output projection elsewhere"

@@ -95,7 +95,8 @@ def head_directions(
     """w (T, H, Dv), with the gate folded in, and each head's contribution (T, H).
 
     output: (T, H, Dv) head outputs as recorded. projected: (T, H * Dv) what the output projection was given; where it
-    is not the recorded output, something linear in the channels stands between (a gate), and its factor joins w.
+    is not the recorded output, a factor per channel stands between (a gate, a norm with its scale frozen), and joins w.
+    That it is one is shown by `models.head_map.check_head_map`; DLA alone would be right without.
     """
     w = pull_back(projection, direction).view(output.shape).to(direction)
     given = projected.view(output.shape).to(direction)

@@ -9,7 +9,8 @@ multipliers and norms on the way, through the output projection and its gate, in
     the model    embedding + heads + biases + everything else = the model's own logit, before any final softcap
 
 hold exactly, up to rounding; how far they are off is measured on every forward, relative to the sum of the absolute
-components. An identity that holds for the answer's direction leaves no room for a forgotten norm or multiplier.
+components. An identity that holds for the answer's direction leaves no room for a forgotten norm or multiplier. It says
+nothing about how a head's output is split by the tokens it came from: that rests on what `models.head_map` shows.
 """
 
 from __future__ import annotations

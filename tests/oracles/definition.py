@@ -33,8 +33,16 @@ POST_NORMS = {  # what stands between the output projection and the stream
     "olmo2": "post_attention_layernorm",
     "olmo3": "post_attention_layernorm",
     "glm4": "post_self_attn_layernorm",
+    "Afmoe": "post_attention_layernorm",
+    "Exaone4": "post_attention_layernorm",
+    "FlexOlmo": "post_attention_layernorm",
 }
-PROJECTIONS = ("self_attn.o_proj", "attn.c_proj", "attention.dense")
+INNER_NORMS = {"BitNet": "attn_sub_norm"}  # and between the heads and their output projection
+FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "embedding_norm", "layer_norm")
+PROJECTIONS = (
+    *("self_attn.o_proj", "attn.c_proj", "attention.dense"),
+    *("self_attn.out_proj", "attn.out_proj", "self_attn.dense"),
+)
 
 
 class Attended(NamedTuple):
@@ -88,7 +96,7 @@ def text_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
 def freeze_norm(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     """A hook: the same output, as a linear function of the input with what normalised it held fixed."""
     x, bias = args[0], getattr(module, "bias", None)
-    if type(module).__name__.endswith("LayerNorm"):
+    if "LayerNorm" in type(module).__name__:
         x = x - x.mean(-1, keepdim=True)
     bias = 0 if bias is None else bias
     return x * ((output - bias) / x).detach() + bias
@@ -110,10 +118,13 @@ def only_the_direct_path(model: PreTrainedModel, family: str) -> Iterator[None]:
         def hook(handle: Any) -> None:
             hooks.callback(handle.remove)
 
-        for name in ("norm", "ln_f", "final_layer_norm"):
+        for name in FINAL_NORMS:
             if hasattr(owner, name):
                 hook(getattr(owner, name).register_forward_hook(freeze_norm))
         for layer in layers:
+            for name, inner in layer.named_modules():
+                if name.split(".")[-1] == INNER_NORMS.get(family):
+                    hook(inner.register_forward_hook(freeze_norm))
             for name, child in layer.named_children():
                 if name == POST_NORMS.get(family):
                     hook(child.register_forward_hook(freeze_norm))
@@ -160,7 +171,7 @@ def naive(model: PreTrainedModel, family: str, ids: Tensor) -> Naive:
     leaves = [attended[number].output for number in numbers]
     answer_logits = logits[0, rows, ids[0, ANSWER]].sum()
     along_answer = [
-        (projected[number].view(1, length, -1)[0, rows] * model.lm_head.weight[ids[0, ANSWER]]).sum()
+        (projected[number].view(1, length, -1)[0, rows] * model.get_output_embeddings().weight[ids[0, ANSWER]]).sum()
         for number in numbers
     ]
     frozen = torch.autograd.grad(answer_logits, leaves, retain_graph=True)
