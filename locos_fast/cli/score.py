@@ -47,7 +47,7 @@ def score(
     device_map: DeviceMap = None,
     attn_implementation: Attention = None,
     verify: Annotated[bool, typer.Option(help="Check the recording against the head outputs.")] = False,
-    timing: Annotated[bool, typer.Option(help="Also print seconds and peak memory.")] = False,
+    timing: Annotated[bool, typer.Option(help="Also print seconds and, on a GPU, peak memory.")] = False,
     force: Annotated[bool, typer.Option(help="Keep scores whose parts do not add up to the model's logit.")] = False,
     trust_remote_code: Trust = False,
     out: Out = None,

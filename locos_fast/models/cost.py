@@ -1,18 +1,14 @@
-"""What a pass costs: seconds of its parts, and peak memory above what was there before it."""
+"""What a pass costs: seconds of its parts, and on GPUs peak memory above what was there before it."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
-
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-KIB = 1024
 
 
 class Stopwatch:
@@ -60,7 +56,7 @@ class Cost(NamedTuple):
 
     forward_seconds: float  # the model's own share of the pass
     scoring_seconds: float  # what scoring adds: in every layer, and after the pass
-    peak_memory_bytes: int | None  # above what was in use before, weights included; None where it cannot be told
+    peak_memory_bytes: int | None  # on its GPUs, above what was in use before; None on a CPU
 
     @property
     def overhead(self) -> float:
@@ -95,36 +91,18 @@ class Meter:
 
 
 class PeakMemory:
-    """The most memory that was in use, above what was in use at the start, in bytes.
+    """The most that PyTorch's allocators had handed out at once on the GPUs of `devices`, above the start, in bytes.
 
-    CUDA: what PyTorch's allocator handed out, summed over `devices`. CPU: the resident size of the process, which Linux
-    alone lets one reset. Either way the counters of the process start anew (`max_memory_allocated`, `VmHWM`).
+    `max_memory_allocated` of these GPUs starts anew. On a CPU nothing tells: the resident size of a process counts
+    mapped weights when a pass first touches them, and misses what the heap kept from an earlier one.
     """
 
     def __init__(self, devices: set[torch.device]) -> None:
         self.gpus = sorted({d for d in devices if d.type == "cuda"}, key=str)
-        self.on_cpu = not self.gpus
         for gpu in self.gpus:
             torch.cuda.reset_peak_memory_stats(gpu)
-        self.before = self._in_use()
-
-    def _in_use(self) -> int | None:
-        if not self.on_cpu:
-            return sum(torch.cuda.memory_allocated(gpu) for gpu in self.gpus)
-        try:
-            CLEAR.write_text("5")  # the peak becomes the present
-            return _status("VmRSS")
-        except (OSError, StopIteration):
-            return None
+        self.before = sum(map(torch.cuda.memory_allocated, self.gpus))
 
     def bytes(self) -> int | None:
-        """None on a CPU without Linux's /proc."""
-        if self.before is None:
-            return None
-        peak = sum(map(torch.cuda.max_memory_allocated, self.gpus)) if self.gpus else _status("VmHWM")
-        return max(0, peak - self.before)
-
-
-def _status(field: str) -> int:
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
-    return int(line.split()[1]) * KIB
+        """None without a GPU."""
+        return max(0, sum(map(torch.cuda.max_memory_allocated, self.gpus)) - self.before) if self.gpus else None

@@ -33,7 +33,7 @@ def scores_table(scores: HeadScores, k: int) -> Table:
 def cost_line(cost: Mapping[str, float | None]) -> str:
     """What a pass cost, `meta["cost"]` of its scores."""
     peak = cost["peak_memory_bytes"]
-    memory = "unknown" if peak is None else f"{peak / 2**30:.3g} GiB above what was in use before"
+    memory = "not measured on a CPU" if peak is None else f"{peak / 2**30:.3g} GiB above what was in use before"
     return (
         f"forward {cost['forward_seconds']:.4g} s, scoring {cost['scoring_seconds']:.4g} s "
         f"({cost['overhead']:.2%} of the forward), peak memory {memory}"

@@ -18,7 +18,7 @@ from locos_fast.models.architecture import UnsupportedModelError, unembedding
 from locos_fast.ops.exact import exact
 
 PARTS = 3  # half-precision values that hold a float32 to 2^-24 of the largest in its row
-BLOCK = 1024  # rows of a projection's weight that are held in float32 at a time
+BLOCK = 1024  # rows of a weight that are held in float32 at a time
 
 
 Norm = Literal["none", "frozen"]
@@ -72,7 +72,14 @@ def token_directions(model: PreTrainedModel, target: Target) -> Tensor:
     rows = weight[target.token_ids.to(weight.device)].to(dtype)
     if isinstance(target.contrast, Tensor):
         return rows - weight[target.contrast.to(weight.device)].to(dtype)
-    return rows if target.contrast is None else rows - weight.mean(0, dtype=dtype)
+    return rows if target.contrast is None else rows - _mean_row(weight, dtype)
+
+
+def _mean_row(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mean over the vocabulary; a CPU would convert the whole weight first, a GPU converts as it adds up."""
+    if weight.dtype == dtype or weight.is_cuda:
+        return weight.mean(0, dtype=dtype)
+    return torch.stack([block.sum(0, dtype=dtype) for block in weight.split(BLOCK)]).sum(0) / len(weight)
 
 
 @exact()

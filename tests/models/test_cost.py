@@ -15,7 +15,6 @@ from tests.oracles.threads import one_thread
 from tests.oracles.tiny_models import build, tokens
 
 CPU = torch.device("cpu")
-MIB = 2**20
 
 
 @pytest.fixture
@@ -43,16 +42,8 @@ def test_a_stopwatch_survives_an_exception(clock: list[float]) -> None:
     assert watch.seconds == 2
 
 
-def test_peak_memory_is_what_was_in_use_at_the_worst_moment() -> None:
-    memory = PeakMemory({CPU})
-    if memory.before is None:
-        pytest.skip("no /proc/self/clear_refs to reset the peak with")
-    block = torch.ones(256 * MIB, dtype=torch.uint8)
-    del block
-    peak = memory.bytes()
-    assert peak is not None and 240 * MIB <= peak <= 400 * MIB
-    again = PeakMemory({CPU})
-    assert again.bytes() < 100 * MIB  # the peak before it does not count
+def test_peak_memory_is_not_guessed_on_a_cpu() -> None:
+    assert PeakMemory({CPU}).bytes() is None
 
 
 @pytest.mark.parametrize("norm", ["none", "frozen"])
@@ -65,7 +56,7 @@ def test_scores_say_what_they_cost(norm: str) -> None:
     assert cost["forward_seconds"] > 0
     assert cost["forward_seconds"] + cost["scoring_seconds"] <= whole
     assert cost["overhead"] == pytest.approx(cost["scoring_seconds"] / cost["forward_seconds"])
-    assert cost["peak_memory_bytes"] is None or cost["peak_memory_bytes"] >= 0
+    assert cost["peak_memory_bytes"] is None  # on a CPU
 
 
 def test_the_forward_pass_is_the_rest_of_the_pass(clock: list[float]) -> None:
@@ -82,7 +73,7 @@ def test_a_cost_is_one_line() -> None:
     assert cost_line(cost.as_dict()) == (
         "forward 2 s, scoring 0.01 s (0.50% of the forward), peak memory 3 GiB above what was in use before"
     )
-    assert cost_line(cost._replace(peak_memory_bytes=None).as_dict()).endswith("peak memory unknown")
+    assert cost_line(cost._replace(peak_memory_bytes=None).as_dict()).endswith("peak memory not measured on a CPU")
 
 
 @pytest.mark.gpu
