@@ -5,20 +5,18 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Annotated
 
 import torch
 import transformers
 import typer
-from rich.progress import track
 from safetensors import SafetensorError
 
 from locos_fast import __version__
 from locos_fast.cli.attribute import attribute
+from locos_fast.cli.demo import demo
 from locos_fast.cli.doctor import doctor
-from locos_fast.cli.options import Overwrite, Seed, console, errors, folder, say, warn
+from locos_fast.cli.options import console, errors, warn
 from locos_fast.cli.planted import planted
 from locos_fast.cli.score import score
 from locos_fast.models.foreign_errors import first_line
@@ -70,40 +68,5 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option(parser=folder, metavar="FOLDER", help="Folder for scores and picture.")] = Path(
-        "demo"
-    ),
-    length: Annotated[int, typer.Option(help="Tokens per prompt.")] = 512,
-    seed: Seed = 0,
-    overwrite: Overwrite = False,
-) -> None:
-    """Find the heads planted in a model whose retrieval heads are known, then ablate them."""
-    from locos_fast.demo import known_heads as demonstration
-    from locos_fast.report import pictures
-    from locos_fast.report import tables as report
-    from locos_fast.scoring.head_scores import SCORES
-    from locos_fast.scoring.result_folder import check_writable
-
-    folders = {kind: out / kind for kind in demonstration.KINDS}
-    for target in folders.values():
-        SCORES.check(target, overwrite=overwrite)
-        check_writable(target)
-    result = demonstration.run(length, seed=seed, progress=_progress)
-    console.print(report.detector_table(result), report.recall_table(result))
-    for kind, target in folders.items():
-        result.scores[kind].save_pretrained(target, overwrite=overwrite)
-    pictures.save_demo_picture(result, out / "heads.png")
-    say(f"scores in {', '.join(map(str, folders.values()))}; picture in {out / 'heads.png'}")
-    if not all(result.right("score", kind) for kind in demonstration.KINDS):
-        errors.print("LOCOS did not find exactly the planted heads", style="red")
-        raise typer.Exit(1)
-
-
-for command in (planted, score, attribute, doctor):
+for command in (demo, planted, score, attribute, doctor):
     app.command()(command)
-
-
-def _progress(items: Iterable, what: str) -> Iterable:
-    return track(list(items), description=what, console=errors, transient=True)

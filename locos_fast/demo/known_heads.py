@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,6 +43,25 @@ class DemoResult(NamedTuple):
     def right(self, detector: str, kind: str) -> bool:
         """Whether the detector finds exactly the planted heads of a question type."""
         return set(self.scores[kind].found(by=detector)) == self.planted_heads(kind)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All numbers, for JSON; heads as "layer-head", recall 0 to 1."""
+        return {
+            kind: {
+                "planted": _names(self.planted.heads[kind]),
+                "found": {detector: _names(self.scores[kind].found(by=detector)) for detector in DETECTORS},
+                "recall": {
+                    "intact": self.recall.intact[kind],
+                    "found_ablated": self.recall.found_ablated[kind],
+                    "layer_matched": self.recall.control_ablated[kind],
+                },
+            }
+            for kind in KINDS
+        }
+
+
+def _names(heads: Iterable[Head]) -> list[str]:
+    return [f"{layer}-{head}" for layer, head in heads]
 
 
 def run(length: int, *, seed: int = 0, progress: Progress = lambda items, _: items) -> DemoResult:

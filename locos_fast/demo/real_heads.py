@@ -58,6 +58,7 @@ class RealResult(NamedTuple):
 
     scores: dict[Norm, HeadScores]  # mean over the scored trials
     asked: int  # trials until enough were answered right by the intact model
+    scored: int  # trials whose scores the ranking is the mean of
     tested: int  # trials, others than the scored ones, all answered right by the intact model
     best: dict[str, list[Head]]  # detector -> its best heads, those with a positive score only
     ablated: dict[str, dict[int, float | None]]  # detector -> heads ablated -> recall; None: not that many to ablate
@@ -112,6 +113,7 @@ def _run_kind(model: Any, tokenizer: Any, kind: str, texts: list[str], seed: int
     return RealResult(
         scores=means,
         asked=asked,
+        scored=len(scored),
         tested=len(right),
         best=best,
         ablated={

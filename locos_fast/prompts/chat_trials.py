@@ -22,8 +22,8 @@ def compose_chat(
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"tokenizer: {type(tokenizer).__name__} has no chat template")
-    text, _ = insert_needle(context, needle, depth)
-    message = {"role": "user", "content": f"{text}\n\n{question}"}
+    inserted = insert_needle(context, needle, depth)
+    message = {"role": "user", "content": f"{inserted.text}\n\n{question}"}
     prompt = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True) + lead
     start = prompt.index(needle)
     tokens = tokenise(tokenizer, prompt)
@@ -35,7 +35,8 @@ def compose_chat(
         question=question,
         needle=needle,
         answer=answer,
-        depth=depth,
+        depth=inserted.depth,
+        requested_depth=depth,
         length=len(tokens.ids),
         id=id,
     )

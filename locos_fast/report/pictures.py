@@ -16,7 +16,7 @@ from locos_fast.scoring.head_scores import DETECTOR_NAMES, Head, HeadScores
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MARKS = {"planted": ("s", "black"), "read_only": ("o", "tab:orange"), "write_only": ("^", "tab:purple")}
+MARKS = {"planted": ("s", "black"), "read-only decoy": ("o", "tab:orange"), "write-only decoy": ("^", "tab:purple")}
 BEST = 5  # heads marked in a heat map
 
 
@@ -30,7 +30,7 @@ def save_heat_map(scores: HeadScores, path: Path, *, title: str) -> None:
     layers, heads = scores.score.shape
     unit = "logits" if scores.meta.get("norm") == "frozen" else "logits before the final norm"
     figure, axes = pyplot.subplots(figsize=(2 + 0.25 * heads, 1.5 + 0.25 * layers), layout="constrained")
-    _draw(axes, scores, "score", shown(title), unit=unit)
+    draw_heads(axes, scores, "score", shown(title), unit=unit)
     for layer, head in scores.top(BEST):
         axes.scatter(head, layer, s=60, marker="s", facecolors="none", edgecolors="black")
     with warnings.catch_warnings():
@@ -49,32 +49,44 @@ def save_demo_picture(result: DemoResult, path: Path) -> None:
     shape = (len(KINDS), len(DETECTORS))
     figure, grid = pyplot.subplots(*shape, figsize=(4 * shape[1], 2.6 * shape[0]), layout="constrained", squeeze=False)
     for row, kind in zip(grid, KINDS, strict=True):
-        marks = {"planted": result.planted_heads(kind)} | {role: result.planted.heads[role] for role in DECOYS}
+        decoys = {f"{role.replace('_', '-')} decoy": result.planted.heads[role] for role in DECOYS}
+        found = {"planted": result.planted_heads(kind), **decoys}
         for axes, detector in zip(row, DETECTORS, strict=True):
-            _draw(axes, result.scores[kind], detector, f"{DETECTOR_NAMES[detector]}, {kind.replace('_', '-')}", marks)
+            title = f"{DETECTOR_NAMES[detector]}, {kind.replace('_', '-')}"
+            draw_heads(axes, result.scores[kind], detector, title, found)
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(MARKS))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
-def _draw(
+def draw_heads(
     axes: Axes,
     scores: HeadScores,
     by: str,
     title: str,
-    marks: Mapping[str, Iterable[Head]] | None = None,
+    found: Mapping[str, Iterable[Head]] | None = None,
+    marks: Mapping[str, tuple[str, str]] | None = None,
     *,
     unit: str | None = None,
 ) -> None:
+    """Array `by` of the scores, layers x heads, into axes; the heads of each group of `found` get that group's mark, a
+    matplotlib marker and its colour, and its name as label."""
     values = getattr(scores, by)
     limit = np.nanmax(np.abs(values), initial=0.0) or 1.0
     image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
     axes.figure.colorbar(image, ax=axes, shrink=0.9, label=unit)
     axes.set(xlabel="head", ylabel="layer")
     axes.set_title(title, parse_math=False)
-    for role, heads in (marks or {}).items():
-        marker, colour = MARKS[role]
-        layer_of, head_of = zip(*heads, strict=True)
-        label = role.replace("_", "-") + ("" if role == "planted" else " decoy")
-        axes.scatter(head_of, layer_of, s=60, marker=marker, facecolors="none", edgecolors=colour, label=label)
+    for label, heads in (found or {}).items():
+        marker, colour = (marks or MARKS)[label]
+        at = list(heads)
+        axes.scatter(
+            [head for _, head in at],
+            [layer for layer, _ in at],
+            s=60,
+            marker=marker,
+            facecolors="none",
+            edgecolors=colour,
+            label=label,
+        )

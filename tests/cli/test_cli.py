@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from transformers import AutoConfig, FalconConfig, FalconForCausalLM, MambaConfig, MambaForCausalLM
@@ -259,19 +258,3 @@ def test_version_is_printed():
     from locos_fast import __version__
 
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == __version__
-
-
-def test_demo_results_say_what_the_readme_says(capsys, monkeypatch, tmp_path):
-    from locos_fast.demo import known_heads as demo
-
-    monkeypatch.setattr(demo, "TRIALS_PER_KIND", 3)
-    monkeypatch.setattr(demo, "CONTROL_DRAWS", 2)
-    out: Path = tmp_path / "demo"
-    code, printed, _ = run(capsys, monkeypatch, ["demo", "--out", str(out), "--length", "128"])
-    assert code == 0
-    assert "exactly the 3 planted" in printed
-    assert (out / "heads.png").stat().st_size > 1000
-    for kind in demo.KINDS:
-        assert HeadScores.from_pretrained(out / kind).per_trial.shape[0] == 3
-    code, _, err = run(capsys, monkeypatch, ["demo", "--out", str(out)])
-    assert (code, "already holds scores" in err) == (2, True)
