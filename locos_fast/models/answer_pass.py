@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,18 +51,32 @@ def _logits(model: PreTrainedModel, input_ids: Tensor, rows: list[int], argument
     return model(input_ids, **arguments, logits_to_keep=wanted).logits[0]
 
 
-def check_prompt(input_ids: Tensor, answer_positions: Sequence[int]) -> None:
-    """Raises ValueError, naming the argument, unless this is one prompt with positions of answer tokens in it."""
-    if input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.dtype != torch.int64:
-        shape = tuple(input_ids.shape)
-        raise ValueError(f"input_ids: expected (1, N) int64, got {shape} {input_ids.dtype}")
+def check_prompt(input_ids: Tensor, answer_positions: Sequence[int]) -> list[int]:
+    """The positions as ints, in the order given.
+
+    Raises ValueError, naming the argument, unless this is one prompt with positions of answer tokens in it.
+    """
+    if (
+        not isinstance(input_ids, Tensor)
+        or input_ids.ndim != 2
+        or len(input_ids) != 1
+        or input_ids.dtype != torch.int64
+    ):
+        got = (
+            f"{tuple(input_ids.shape)} {input_ids.dtype}" if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        )
+        raise ValueError(f"input_ids: expected (1, N) int64, got {got}")
     tokens = input_ids.shape[1]
-    if len(answer_positions) == 0:
-        raise ValueError("answer_positions: expected at least one position, got none")
-    if len(set(answer_positions)) != len(answer_positions):
-        raise ValueError(f"answer_positions: expected each position once, got {list(answer_positions)}")
-    for position in answer_positions:
-        if not hasattr(position, "__index__") or not 1 <= position < tokens:
-            raise ValueError(
-                f"answer_positions: expected positions in 1..{tokens - 1} (no row predicts token 0), got {position}"
-            )
+    allowed = f"positions in 1..{tokens - 1} (no row predicts token 0)"
+    try:
+        positions = [operator.index(position) for position in answer_positions]
+    except TypeError as error:
+        raise ValueError(f"answer_positions: expected {allowed}, got {answer_positions!r}") from error
+    if not positions or isinstance(answer_positions, set):  # a set has no order to match a contrast's
+        raise ValueError(f"answer_positions: expected a list of at least one position, got {answer_positions!r}")
+    if len(set(positions)) != len(positions):
+        raise ValueError(f"answer_positions: expected each position once, got {positions}")
+    for position in positions:
+        if not 1 <= position < tokens:
+            raise ValueError(f"answer_positions: expected {allowed}, got {position}")
+    return positions

@@ -267,12 +267,17 @@ def _reference(mask: Any) -> Callable[[], Any]:
 
 
 def row_table(rows: Sequence[int] | Tensor) -> Tensor:
-    """(B or 1, T) int64 on the CPU."""
-    table = torch.as_tensor(rows).to("cpu", torch.int64)
+    """(B or 1, T) int64 on the CPU. Raises ValueError for anything but whole numbers >= 0, a bool mask say."""
+    wanted = f"rows: expected (T,) or (B, T) slots >= 0, whole numbers, got {rows!r}"
+    try:
+        table = torch.as_tensor(rows)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(wanted) from error
     table = table[None] if table.ndim == 1 else table
-    if table.ndim != 2 or table.shape[1] == 0 or bool((table < 0).any()):
-        raise ValueError(f"rows: expected (T,) or (B, T) slots >= 0, got {rows!r}")
-    return table
+    whole = table.dtype != torch.bool and not table.is_floating_point() and not table.is_complex()
+    if not whole or table.ndim != 2 or table.numel() == 0 or bool((table < 0).any()):
+        raise ValueError(wanted)
+    return table.to("cpu", torch.int64)
 
 
 def several_calls(layer: AttentionLayer) -> UnsupportedModelError:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +29,12 @@ def span_table(spans: Spans, batch: int) -> Tensor:
 def checked_spans(spans: Spans) -> Tensor:
     """`span_table` where the batch is not known yet."""
     if isinstance(spans, Tensor):
-        fits = spans.ndim == 3 and spans.shape[2] == 2 and not spans.is_floating_point()
+        whole = not spans.is_floating_point() and not spans.is_complex() and spans.dtype != torch.bool
+        fits = spans.ndim == 3 and spans.shape[2] == 2 and whole
         require(fits, "spans", "pairs, or an int (B, S, 2) tensor", f"{shape_of(spans)} {spans.dtype}")
         table = spans.to("cpu", torch.int64)
     else:
+        require(isinstance(spans, Iterable), "spans", "pairs of ints", repr(spans))
         pairs = list(spans)
         for pair in pairs:
             if not _is_int_pair(pair):
@@ -57,7 +62,7 @@ def check_attention(
     sinks: Tensor | None,
 ) -> dict:
     """Check what the three attention functions share; returns their keyword arguments."""
-    require(query.ndim == 4, "query", "(B, H, T, D)", shape_of(query))
+    check_rank("query", query, "(B, H, T, D)")
     batch, heads, rows, head_dim = query.shape
     check_dtype("query", query)
     check_like("key", key, (batch, None, None, head_dim), query)
@@ -65,20 +70,33 @@ def check_attention(
     check_like("value", value, (batch, key.shape[1], key.shape[2], None), query)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_filled(name, tensor)
-    require(softcap is None or softcap > 0, "softcap", "a positive number or None", repr(softcap))
+    require(
+        softcap is None or (_is_real(softcap) and softcap > 0), "softcap", "a positive number or None", repr(softcap)
+    )
+    require(
+        scale is None or (_is_real(scale) and math.isfinite(scale)), "scale", "a finite number or None", repr(scale)
+    )
     if sinks is not None:
-        require(sinks.shape == (heads,), "sinks", f"({heads},)", shape_of(sinks))
+        fits = isinstance(sinks, Tensor) and sinks.shape == (heads,)
+        require(fits, "sinks", f"({heads},)", shape_of(sinks))
         check_device("sinks", sinks, query)
     check_visibility(visibility, batch, rows, key)
     return {
         "visibility": visibility.to(query.device),
         "scale": head_dim**-0.5 if scale is None else float(scale),
-        "softcap": softcap,
+        "softcap": None if softcap == math.inf else softcap,  # cap * tanh(score / cap) -> score
         "sinks": sinks,
     }
 
 
+def _is_real(x: object) -> bool:
+    if isinstance(x, Tensor):  # a model may keep its scale as one
+        return x.ndim == 0 and x.is_floating_point()
+    return isinstance(x, Real) and not isinstance(x, bool)
+
+
 def check_visibility(visibility: Visibility, batch: int, rows: int, key: Tensor) -> None:
+    require(isinstance(visibility, Visibility), "visibility", "a Visibility", type(visibility).__name__)
     for name, bound in (("first", visibility.first), ("last", visibility.last)):
         require(
             bound.shape in ((rows,), (1, rows), (batch, rows)) and bound.dtype == torch.int64,
@@ -105,6 +123,11 @@ def check_counts(counts: KeyCounts | None, query: Tensor, table: Tensor) -> None
         require(got == expected, "counts", f"shapes {expected}", str(got))
 
 
+def check_rank(name: str, tensor: Tensor, shape: str) -> None:
+    """Check that this is a tensor with the four axes of `shape`."""
+    require(isinstance(tensor, Tensor) and tensor.ndim == 4, name, shape, shape_of(tensor))
+
+
 def check_dtype(name: str, tensor: Tensor) -> None:
     require(tensor.dtype in DTYPES, name, "float16, bfloat16, float32 or float64", str(tensor.dtype))
 
@@ -119,8 +142,10 @@ def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
 
 def check_like(name: str, tensor: Tensor, shape: tuple[int | None, ...], like: Tensor) -> None:
     """Check rank, the sizes that are given, dtype, device and last stride."""
-    fits = tensor.ndim == len(shape) and all(
-        want in (None, have) for want, have in zip(shape, tensor.shape, strict=True)
+    fits = (
+        isinstance(tensor, Tensor)
+        and tensor.ndim == len(shape)
+        and all(want in (None, have) for want, have in zip(shape, tensor.shape, strict=True))
     )
     expected = ", ".join("*" if size is None else str(size) for size in shape)
     require(fits, name, f"shape ({expected})", shape_of(tensor))
@@ -134,14 +159,20 @@ def check_groups(heads: int, kv_heads: int, name: str) -> None:
 
 
 def check_direction(direction: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    require(tuple(direction.shape) == shape, "direction", f"shape {shape}", shape_of(direction))
+    require(
+        isinstance(direction, Tensor) and tuple(direction.shape) == shape,
+        "direction",
+        f"shape {shape}",
+        shape_of(direction),
+    )
     wanted = (torch.float32, torch.float64) if like.dtype == torch.float64 else (torch.float32,)
     require(direction.dtype in wanted, "direction", " or ".join(map(str, wanted)), str(direction.dtype))
     check_device("direction", direction, like)
 
 
-def shape_of(tensor: Tensor) -> str:
-    return str(tuple(tensor.shape))
+def shape_of(tensor: Any) -> str:
+    """The shape, for an error message; the type of what is no tensor."""
+    return str(tuple(tensor.shape)) if isinstance(tensor, Tensor) else type(tensor).__name__
 
 
 def require(condition: bool, argument: str, expected: str, got: str) -> None:

@@ -31,6 +31,7 @@ from locos_fast.ops.arguments import (
     check_filled,
     check_groups,
     check_like,
+    check_rank,
     require,
     shape_of,
     span_table,
@@ -59,7 +60,7 @@ def ov_contribution(
 
     Raises ValueError for shapes, dtypes, devices, spans and backends that do not fit.
     """
-    require(attn.ndim == 4, "attn", "(B, H, T, N)", shape_of(attn))
+    check_rank("attn", attn, "(B, H, T, N)")
     batch, heads, rows, n_keys = attn.shape
     check_dtype("attn", attn)
     check_like("value", value, (batch, None, n_keys, None), attn)
@@ -69,10 +70,10 @@ def ov_contribution(
         check_filled(name, tensor)
     if visible is not None:
         require(
-            visible.shape == (batch, rows) and visible.dtype == torch.int64,
+            isinstance(visible, Tensor) and visible.shape == (batch, rows) and visible.dtype == torch.int64,
             "visible",
             f"({batch}, {rows}) int64",
-            f"{shape_of(visible)} {visible.dtype}",
+            f"{shape_of(visible)} {getattr(visible, 'dtype', '')}",
         )
         check_device("visible", visible, attn)
     chosen = backend_for(backend, attn)

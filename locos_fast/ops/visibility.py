@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,13 @@ class Visibility(NamedTuple):
         window: a row sees that many slots, itself included (transformers' sliding window).
         chunk: a row sees only its own chunk; chunks are counted from the first slot that is not padding (Llama-4).
         left_padding: (B,) number of padding slots in front of each batch row.
+        Raises ValueError for positions that are no int64 tensor, and for a window or a chunk of less than one slot.
         """
+        if not isinstance(q_positions, Tensor) or q_positions.dtype != torch.int64 or q_positions.ndim not in (1, 2):
+            raise ValueError(f"q_positions: expected a (T,) or (B, T) int64 tensor, got {q_positions!r}")
+        for name, slots in (("window", window), ("chunk", chunk)):
+            if slots is not None and (isinstance(slots, bool) or not isinstance(slots, Integral) or slots < 1):
+                raise ValueError(f"{name}: expected a whole number of slots, at least 1, or None, got {slots!r}")
         first = torch.zeros_like(q_positions)
         if left_padding is not None:
             first = left_padding.to(q_positions)[:, None].expand(-1, q_positions.shape[-1])

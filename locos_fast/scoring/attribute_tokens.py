@@ -28,6 +28,8 @@ from locos_fast.models.token_chunks import TOKENS_PER_CHUNK, token_chunks
 from locos_fast.ops.arguments import checked_spans
 from locos_fast.ops.exact import exact
 from locos_fast.scoring.directions import Target, head_directions, token_directions
+from locos_fast.scoring.finite import check_layer
+from locos_fast.scoring.token_ids import check_token_ids
 
 Span = tuple[int, int]
 
@@ -70,9 +72,9 @@ def attribute_and_predict(
 ) -> tuple[NDArray, list[int]]:
     """As `attribute_tokens`; also the tokens that the model itself would have written at the answer's positions, in
     increasing order, those before each given."""
-    check_prompt(input_ids, answer_positions)
+    positions = sorted(check_prompt(input_ids, answer_positions))
+    check_token_ids(model, input_ids, positions)
     table = _segment_table(segments, input_ids.shape[1])
-    positions = sorted(int(position) for position in answer_positions)
     rows = [position - 1 for position in positions]
     sums = _SegmentSums(table, rows)
     check_head_map(model, input_ids[:, : rows[-1] + 1])
@@ -140,6 +142,7 @@ class _SegmentSums:
         result = np.full((n_layers, heads, self.table.shape[1]), np.nan, dtype)
         for number, sums in self.layers.items():
             result[number, : len(sums)] = sums.cpu().numpy()
+            check_layer(number, result[number, : len(sums)])
         return result
 
 

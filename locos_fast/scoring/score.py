@@ -22,10 +22,12 @@ from locos_fast.ops.backends import BackendName
 from locos_fast.ops.exact import exact
 from locos_fast.scoring.detectors import mean_over_rows, row_scores
 from locos_fast.scoring.directions import Norm, Target, check_norm, head_directions, token_directions
+from locos_fast.scoring.finite import check_layer
 from locos_fast.scoring.head_scores import ARRAYS, HeadScores
 from locos_fast.scoring.logit_units import attribute_heads, completeness_of
 from locos_fast.scoring.needle import Span, check_needle, union, visible_shares
 from locos_fast.scoring.recording import Recording, record
+from locos_fast.scoring.token_ids import check_token_ids, contrast_ids
 
 
 def score_tokens(
@@ -63,15 +65,16 @@ def score_tokens(
     """
     check_norm(norm)
     spans = union(needle_span)
-    check_prompt(input_ids, answer_positions)
-    check_needle(spans, input_ids.shape[1], answer_positions)
-    answer_positions, contrast = _in_order(answer_positions, contrast)
+    positions = check_prompt(input_ids, answer_positions)
+    check_needle(spans, input_ids.shape[1], positions)
+    check_token_ids(model, input_ids, positions)
+    answer_positions, contrast = _in_order(positions, contrast_ids(model, contrast, len(positions)))
     rows = [position - 1 for position in answer_positions]
     fed = input_ids[:, : max(rows) + 1]  # a causal model's answer rows do not depend on anything later
     answer_ids = input_ids[0, list(answer_positions)]
     target = Target.of(answer_ids, contrast)
     follow = trace if norm == "frozen" else trace_projections
-    check_head_map(model, fed)
+    check_head_map(model, fed)  # the first time it runs the model, whose mapped weights are then in memory
     meter = Meter(model)
     with (
         torch.inference_mode(),
@@ -87,9 +90,9 @@ def score_tokens(
         "needle_visible_share": visible_shares(recording, spans),
         **describe_model(model),
         "norm": norm,
-        "contrast": contrast if contrast is None or isinstance(contrast, str) else list(contrast),
+        "contrast": contrast,
         "needle_spans": [list(span) for span in spans],
-        "answer_positions": list(map(int, answer_positions)),
+        "answer_positions": answer_positions,
         "answer_ids": answer_ids.tolist(),
         "predicted_ids": logits.argmax(-1).tolist(),
         "tokens": int(input_ids.shape[1]),
@@ -99,16 +102,10 @@ def score_tokens(
     return HeadScores(**arrays, meta=meta)
 
 
-def _in_order(
-    positions: Sequence[int], contrast: str | Sequence[int] | None
-) -> tuple[list[int], str | list[int] | None]:
+def _in_order(positions: list[int], contrast: str | list[int] | None) -> tuple[list[int], str | list[int] | None]:
     """Answer positions in increasing order, and the contrast tokens with them."""
     order = sorted(range(len(positions)), key=lambda i: positions[i])
-    if contrast is not None and not isinstance(contrast, str) and len(contrast) == len(positions):
-        contrast = [int(contrast[i]) for i in order]
-    return [int(positions[i]) for i in order], contrast if contrast is None or isinstance(contrast, str) else list(
-        contrast
-    )
+    return [positions[i] for i in order], [contrast[i] for i in order] if isinstance(contrast, list) else contrast
 
 
 def _directions(
@@ -146,4 +143,5 @@ def _score_layers(
         values = mean_over_rows(row_scores(kept, directions[number], input_ids[0], spans, answer_ids))
         for name, value in values.items():
             arrays[name][number, : kept.output.shape[2]] = value.double().cpu().numpy()
+        check_layer(number, arrays["dla"][number, : kept.output.shape[2]])  # the others may be NaN by right
     return arrays
