@@ -28,8 +28,11 @@ def warn(sentence: object) -> None:
 
 def show(*tables: Table) -> None:
     """Print tables, wider than the terminal rather than with digits cut off."""
+    unbounded = console.options.update(max_width=10_000)
     for table in tables:
-        console.print(table, width=max(console.width, console.measure(table).minimum), crop=False)
+        least = console.measure(table, options=unbounded).minimum
+        table.width = least if least > console.width else None
+        console.print(table, crop=False)
 
 
 def draw(save: Callable[..., None], result: Any, path: Path, **options: Any) -> None:
