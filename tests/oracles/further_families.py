@@ -207,12 +207,22 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 
 NO_SDPA = {"VaultGemma"}
+# in older releases they compute attention themselves, and would be refused
+SINCE_LATER = {
+    "CodeGen": "transformers.models.codegen.modeling_codegen",
+    "GPTJ": "transformers.models.gptj.modeling_gptj",
+}
 OUTSIDE_AUTO = {"Kosmos2Text": "transformers.models.kosmos2.modeling_kosmos2"}  # no AutoModelForCausalLM finds them
 
 
 def known(names: dict[str, dict[str, Any]]) -> list[str]:
-    """Those that the installed transformers has."""
-    return [name for name in names if hasattr(transformers, f"{name}Config")]
+    """Those that the installed transformers has, and has on its attention interface."""
+    there = [name for name in names if hasattr(transformers, f"{name}Config")]
+    return [name for name in there if name not in SINCE_LATER or _on_the_interface(SINCE_LATER[name])]
+
+
+def _on_the_interface(module: str) -> bool:
+    return hasattr(importlib.import_module(module), "ALL_ATTENTION_FUNCTIONS")
 
 
 def build(name: str, attention: str | None = None, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
