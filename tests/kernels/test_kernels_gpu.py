@@ -1,9 +1,14 @@
 """The Triton kernels and the torch backend on a GPU: the error bound in every dtype and at full length, equal bits, no
-waiting host."""
+waiting host.
+
+With TRITON_INTERPRET=1 what needs no GPU runs on the CPU, in Triton's interpreter; `make test` runs some of it that way
+(`interpreter/test_gpu_suite.py`), all of it takes an hour.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -20,12 +25,16 @@ from tests.oracles.attention_problem import (
 )
 from tests.oracles.error_bound import assert_positions_within_bound, contribution_bound, summary_bound, weights_bound
 
-pytestmark = pytest.mark.gpu
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# the interpreter computes both sides of tl.where, NumPy warns of the one that is not taken
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning") if INTERPRETED else pytest.mark.gpu
 
-DEVICE = "cuda"
+needs_gpu = pytest.mark.skipif(INTERPRETED, reason="needs a CUDA or ROCm device")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LONG = 131_072
 GIB = 2**30
+LONG_ANSWER = pytest.param(40, 8, marks=pytest.mark.slow)  # in the interpreter; on a GPU all of these tests run
 MODELS = {  # as their attention layers hand keys and values over, and a number of answer rows
     "Qwen3-8B": {"group": 4, "kv_heads": 8, "head_dim": 128, "rows": 8},
     "Qwen2.5-7B": {"group": 7, "kv_heads": 4, "head_dim": 128, "rows": 3},
@@ -35,6 +44,8 @@ MODELS = {  # as their attention layers hand keys and values over, and a number 
 
 
 def need_memory(gib: float) -> None:
+    if INTERPRETED:
+        pytest.skip("too long for the interpreter")
     free, _ = torch.cuda.mem_get_info()
     if free < gib * GIB:
         pytest.skip(f"needs {gib} GiB of free GPU memory")
@@ -93,7 +104,7 @@ def test_every_width_is_within_the_error_bound(dtype, head_dim, value_dim):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows, group", [(1, 1), (1, 8), (3, 3), (9, 7), (40, 8)])
+@pytest.mark.parametrize("rows, group", [(1, 1), (1, 8), (3, 3), (9, 7), LONG_ANSWER])
 def test_every_number_of_rows_is_within_the_error_bound(dtype, rows, group):
     keys = 777
     problem = random_problem(
@@ -180,6 +191,7 @@ def test_half_precision_directions_lose_nothing(dtype, kept_bits):
     bound.check(problem.contributions("triton"))
 
 
+@needs_gpu
 def test_auto_is_triton_on_a_gpu():
     problem = random_problem(dtype=torch.float16, visibility=causal(4, 67), device=DEVICE)
     assert_identical(problem.contributions("auto"), problem.contributions("triton"))
@@ -259,6 +271,7 @@ def weights_problem() -> WeightsProblem:
     )
 
 
+@needs_gpu
 def test_the_host_never_waits_for_the_device():
     """With spans given as Python ints, after a first call that compiles the kernels and copies the table of spans."""
     problem, weights = long_problem(sinks=True, softcap=1.5), weights_problem()
@@ -270,6 +283,7 @@ def test_the_host_never_waits_for_the_device():
             call("triton")
 
 
+@needs_gpu
 def test_a_cuda_graph_replays_the_call():
     """Captured once, replayed on other values in the same memory."""
     problem, weights = long_problem(), weights_problem()
@@ -289,6 +303,7 @@ def test_a_cuda_graph_replays_the_call():
         assert_identical(replayed, called)
 
 
+@needs_gpu
 def test_memory_is_a_small_share_of_the_keys_and_values():
     """Per split and row the kernels leave 16 bytes, per span and tile 12 for each row: below a sixteenth of K and V."""
     problem = random_problem(

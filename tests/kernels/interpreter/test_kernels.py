@@ -1,7 +1,6 @@
 """The Triton kernels in Triton's interpreter: the error bound of `tests/oracles/error_bound.py` on few, short problems.
 
-A tile of the interpreter holds 32 rows and 32 keys, a split 512 keys. bfloat16 is left to the GPU: the interpreter
-multiplies its bit patterns.
+A tile of the interpreter holds 32 rows and 32 keys, a split 512 keys.
 """
 
 import pytest
@@ -24,7 +23,8 @@ from tests.oracles.error_bound import contribution_bound, summary_bound, weights
 # the interpreter computes both sides of tl.where, NumPy warns of the one that is not taken
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-HALF, SINGLE = torch.float16, torch.float32
+HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
+DTYPES = (HALF, BRAIN, SINGLE)
 SPLIT, TILE = tiles.SPLIT, 32
 
 
@@ -61,6 +61,9 @@ SHAPES = {
     "widest float16, taken in parts": {"dtype": HALF, "keys": 40, "group": 1, "head_dim": 512, "value_dim": 264},
     "output in two chunks, float32": {"dtype": SINGLE, "keys": 33, "value_dim": 144},
     "output in two chunks, float16": {"dtype": HALF, "keys": 33, "value_dim": 256},
+    "more than a split, bfloat16": {"dtype": BRAIN, "keys": SPLIT + 1, "group": 7, "rows": 5, "kv_heads": 1},
+    "wide bfloat16": {"dtype": BRAIN, "keys": 70, "head_dim": 128, "value_dim": 80},
+    "widest bfloat16, taken in parts": {"dtype": BRAIN, "keys": 40, "group": 1, "head_dim": 512, "value_dim": 264},
 }
 
 
@@ -120,7 +123,7 @@ def overlapping_spans() -> list[tuple[int, int]]:
     return [(50, 51), *spans, spans[7], spans[3], (64, 99)]
 
 
-@pytest.mark.parametrize("dtype", [HALF, SINGLE])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_more_spans_in_a_tile_than_are_unrolled(dtype):
     spans = overlapping_spans()
     assert_kernels_within_bound(random_problem(dtype=dtype, rows=3, keys=99, spans=spans))
@@ -137,7 +140,7 @@ def test_the_order_of_spans_changes_no_bit():
     assert torch.equal(result.span[..., 8], result.span[..., -3])  # one of the two that are given twice
 
 
-@pytest.mark.parametrize("dtype", [HALF, SINGLE])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_each_batch_row_may_have_its_own_spans(dtype):
     spans = torch.tensor([[[60, 70], [10, 40], [0, 1]], [[0, 70], [70, 90], [33, 34]]])
     assert_kernels_within_bound(random_problem(dtype=dtype, batch=2, keys=70, spans=spans))
@@ -186,7 +189,7 @@ def test_splits_that_a_row_does_not_see_are_empty():
     """Three splits: one row sees the first only, one the last only, one all, one nothing."""
     visibility = Visibility(torch.tensor([0, 1050, 0, 9]), torch.tensor([100, 1100, 1100, 9]))
     spans = [(40, 60), (500, 1060)]
-    for dtype in (HALF, SINGLE):
+    for dtype in DTYPES:
         assert_kernels_within_bound(
             random_problem(dtype=dtype, kv_heads=1, group=1, keys=1100, spans=spans, visibility=visibility)
         )
@@ -200,7 +203,7 @@ def test_more_splits_than_one_round_combines(monkeypatch):
     weights_bound(weights).check(weights.contributions("triton"))
 
 
-@pytest.mark.parametrize("dtype", [HALF, SINGLE])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_everything_at_once(dtype):
     batch, keys, offset = 2, 530, 37
     visibility = seen_by_causal(
@@ -230,7 +233,7 @@ def test_everything_at_once(dtype):
     assert_kernels_within_bound(problem)
 
 
-@pytest.mark.parametrize("dtype", [HALF, SINGLE])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_softcap_bites(dtype):
     capped = random_problem(dtype=dtype, keys=65, scale=1.0, softcap=1.5)
     assert_kernels_within_bound(capped)
@@ -315,7 +318,7 @@ def test_inputs_are_unchanged():
     assert all(torch.equal(x, y) for x, y in zip(problem.tensors, before, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [80, 96, 272])
 def test_lanes_beyond_the_head_dim_are_never_read(width, dtype):
     """They belong to other tensors, or to nobody: here they are NaN, which even a weight of zero would let through."""
