@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
-from locos_fast.scoring.result_folder import ResultKind, tensor_bytes
+from locos_fast.scoring.result_folder import ResultKind, read_tensors, tensor_bytes
 
-SCORES = ResultKind("scores", "schema_version", 1, ("scores.safetensors", "config.json"), "heads.png")
+FILES = ("scores.safetensors", "config.json")
+SCORES = ResultKind("scores", "schema_version", 1, FILES, "heads.png", "a score folder")
 ARRAYS = ("score", "l_plus", "l_minus", "dla", "attention_spatial", "wu")
 DETECTOR_NAMES = {"score": "LOCOS", "dla": "DLA", "attention_spatial": "attention-spatial", "wu": "Wu copy score"}
 
@@ -43,6 +43,9 @@ class HeadScores:
                        is that token
     meta               model, tokens, spans, versions: whatever describes how the scores came about (JSON)
     per_trial          (trials, layers, heads) `score` of each trial, for a mean over trials
+
+    Logits are true ones where `meta["norm"]` is "frozen"; else dot products with raw unembedding rows.
+    Raises ValueError, naming the array, for arrays that are not of one shape and of real numbers.
     """
 
     score: Array
@@ -54,8 +57,20 @@ class HeadScores:
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
     per_trial: Array | None = None
 
+    def __post_init__(self) -> None:
+        shape = np.shape(self.score)
+        for name in ARRAYS:
+            _check_array(name, getattr(self, name), shape if len(shape) == 2 else ("layers", "heads"))
+        if self.per_trial is not None:
+            trials = np.shape(self.per_trial)[:1] or ("trials",)
+            _check_array("per_trial", self.per_trial, (*trials, *shape))
+
     def top(self, k: int, *, by: str = "score") -> list[Head]:
-        """The k heads with the largest values of array `by`, largest first; NaN heads are left out."""
+        """The k heads with the largest values of array `by`, largest first; NaN heads are left out.
+
+        Raises ValueError for a k that is no number of heads.
+        """
+        k = check_count("k", k)
         values = self._array(by)
         order = np.argsort(-values, axis=None, kind="stable")  # NaN sorts last
         heads = [divmod(int(i), values.shape[1]) for i in order if not np.isnan(values.flat[i])]
@@ -65,7 +80,10 @@ class HeadScores:
         """Heads whose value of array `by` is at least `share` of the largest one, largest first.
 
         The same rule for every detector. Empty if no value is positive.
+        Raises ValueError for a share outside 0..1, and for 0, which every head reaches.
         """
+        if isinstance(share, bool) or not isinstance(share, Real) or not 0 < share <= 1:
+            raise ValueError(f"share: expected a share of the largest value, above 0 and at most 1, got {share!r}")
         values = self._array(by)
         largest = np.nanmax(values, initial=-np.inf)
         if not largest > 0:
@@ -73,11 +91,20 @@ class HeadScores:
         return [head for head in self.top(values.size, by=by) if values[head] >= share * largest]
 
     @classmethod
-    def mean(cls, scores: Sequence[HeadScores], meta: dict[str, Any] | None = None) -> HeadScores:
-        """Mean over trials, head by head; trials in which a head is NaN do not count for it."""
-        if not scores:
+    def mean(cls, scores: Iterable[HeadScores], meta: dict[str, Any] | None = None) -> HeadScores:
+        """Mean over trials, head by head; trials in which a head is NaN do not count for it.
+
+        Raises ValueError for no scores, for anything else, and for scores of models of several shapes.
+        """
+        trials = list(scores)
+        if not trials:
             raise ValueError("scores: expected at least one HeadScores, got none")
-        stacks = {name: np.stack([getattr(s, name) for s in scores]) for name in ARRAYS}
+        for trial in trials:
+            if not isinstance(trial, HeadScores):
+                raise ValueError(f"scores: expected HeadScores, got {type(trial).__name__}")
+        if len(shapes := {trial.score.shape for trial in trials}) > 1:
+            raise ValueError(f"scores: expected (layers, heads) of one model, got {sorted(shapes)}")
+        stacks = {name: np.stack([getattr(trial, name) for trial in trials]) for name in ARRAYS}
         return cls(**{n: _nan_mean(x) for n, x in stacks.items()}, meta=meta or {}, per_trial=stacks["score"])
 
     def save_pretrained(self, directory: str | os.PathLike, *, overwrite: bool = False) -> None:
@@ -90,32 +117,47 @@ class HeadScores:
         arrays = {name: np.asarray(getattr(self, name), dtype=np.float32) for name in ARRAYS}
         if self.per_trial is not None:
             arrays["per_trial"] = np.asarray(self.per_trial, dtype=np.float32)
-        SCORES.write(target, {"scores.safetensors": tensor_bytes(arrays)}, self.meta)
+        SCORES.write(target, {FILES[0]: tensor_bytes(arrays)}, self.meta)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike) -> HeadScores:
         """Read a folder that `save_pretrained` wrote. Raises FileNotFoundError or ValueError if it is not one."""
         source = Path(directory)
-        for name in ("config.json", "scores.safetensors"):
-            if not (source / name).is_file():
-                raise FileNotFoundError(f"{source} is not a score folder: it has no {name}")
+        meta, content = SCORES.read(source)
         try:
-            meta = json.loads((source / "config.json").read_text(encoding="utf-8"))
-            arrays = load_file(source / "scores.safetensors")
-        except (ValueError, SafetensorError) as error:
-            raise ValueError(f"{source} is not a score folder: {error}") from error
-        version = meta.pop(SCORES.schema, None) if isinstance(meta, dict) else None
-        if version != SCORES.version:
-            raise ValueError(f"{source}: expected schema version {SCORES.version}, got {version}")
-        if missing := [name for name in ARRAYS if name not in arrays]:
-            raise ValueError(f"{source} is not a score folder: its scores have no {', '.join(missing)}")
-        arrays = {name: array.astype(np.float64) for name, array in arrays.items()}
-        return cls(**{n: arrays[n] for n in ARRAYS}, meta=meta, per_trial=arrays.get("per_trial"))
+            arrays = read_tensors(content[FILES[0]])
+            if missing := [name for name in ARRAYS if name not in arrays]:
+                raise ValueError(f"its scores have no {', '.join(missing)}")
+            for name, array in arrays.items():
+                _check_array(name, array, array.shape)
+            arrays = {name: array.astype(np.float64) for name, array in arrays.items()}
+            return cls(**{n: arrays[n] for n in ARRAYS}, meta=meta, per_trial=arrays.get("per_trial"))
+        except ValueError as error:
+            raise ValueError(f"{source} is not {SCORES.folder}: {error}") from error
 
     def _array(self, name: str) -> Array:
         if name not in ARRAYS:
             raise ValueError(f"by: expected one of {', '.join(ARRAYS)}, got {name!r}")
         return getattr(self, name)
+
+
+def check_count(argument: str, count: int) -> int:
+    """Raises ValueError, naming the argument, for anything but a whole number from 0 on."""
+    try:
+        number = operator.index(count)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise ValueError(f"{argument}: expected a whole number, 0 or more, got {count!r}")
+    return number
+
+
+def _check_array(name: str, array: Any, shape: tuple) -> None:
+    expected = f"{name}: expected an array of real numbers, ({', '.join(map(str, shape))})"
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        raise ValueError(f"{expected}, got {getattr(array, 'dtype', type(array).__name__)}")
+    if array.shape != shape:
+        raise ValueError(f"{expected}, got {array.shape}")
 
 
 def _nan_mean(stack: Array) -> Array:

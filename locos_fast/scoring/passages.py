@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
-from locos_fast.scoring.head_scores import Head
-from locos_fast.scoring.result_folder import ResultKind, tensor_bytes
+from locos_fast.scoring.head_scores import Head, check_count
+from locos_fast.scoring.result_folder import ResultKind, read_tensors, tensor_bytes
 
 FILES = ("attribution.safetensors", "passages.jsonl", "config.json")
 # not "schema_version", which marks a score folder
-ATTRIBUTION = ResultKind("an attribution", "attribution_schema_version", 1, FILES, "attribution.png")
+ATTRIBUTION = ResultKind(
+    "an attribution", "attribution_schema_version", 1, FILES, "attribution.png", "an attribution folder"
+)
 
 
 class Passage(NamedTuple):
@@ -45,11 +45,19 @@ class PassageAttribution:
     logits     (layers, heads, passages), see `attribute_tokens`; NaN where a layer has no softmax attention
     passages   the passages, in the order of the array's last axis
     meta       model, prompt, answer, versions: whatever describes how the numbers came about (JSON)
+
+    Raises ValueError for an array that is not of that shape or not of real numbers.
     """
 
     logits: NDArray
     passages: list[Passage]
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        fits = isinstance(self.logits, np.ndarray) and self.logits.dtype.kind == "f" and self.logits.ndim == 3
+        if not fits or self.logits.shape[2] != len(self.passages):
+            got = f"{np.shape(self.logits)} {getattr(self.logits, 'dtype', type(self.logits).__name__)}"
+            raise ValueError(f"logits: expected real numbers, (layers, heads, {len(self.passages)}), got {got}")
 
     @cached_property
     def totals(self) -> NDArray:
@@ -58,7 +66,7 @@ class PassageAttribution:
 
     def top_passages(self, k: int) -> list[int]:
         """Indices of the k passages from which most was written toward the answer, most first."""
-        return [int(i) for i in np.argsort(-self.totals, kind="stable")[:k]]
+        return [int(i) for i in np.argsort(-self.totals, kind="stable")[: check_count("k", k)]]
 
     def strongest_head(self, passage: int) -> Head:
         """The head that wrote most toward the answer from a passage."""
@@ -67,7 +75,10 @@ class PassageAttribution:
 
     def top_pairs(self, k: int) -> list[Pair]:
         """The k (head, passage) pairs with the largest logits, largest first; NaN is left out."""
-        candidates = []
+        k = check_count("k", k)
+        candidates: list[Pair] = []
+        if k == 0:
+            return candidates
         for layer, values in enumerate(self.logits):  # layer by layer: at 100K passages all pairs are 10^8
             known = np.where(np.isnan(values), -np.inf, values).ravel()
             for i in np.argpartition(-known, k - 1)[:k] if k < known.size else range(known.size):
@@ -93,17 +104,18 @@ class PassageAttribution:
     def from_pretrained(cls, directory: str | os.PathLike) -> PassageAttribution:
         """Read a folder that `save_pretrained` wrote. Raises FileNotFoundError or ValueError if it is not one."""
         source = Path(directory)
-        for name in FILES:
-            if not (source / name).is_file():
-                raise FileNotFoundError(f"{source} is not an attribution folder: it has no {name}")
+        meta, content = ATTRIBUTION.read(source)
         try:
-            meta = json.loads((source / "config.json").read_text(encoding="utf-8"))
-            logits = load_file(source / FILES[0])["logits"]
-            lines = (source / FILES[1]).read_text(encoding="utf-8").split("\n")  # a text may hold other line ends
-            passages = [Passage(**json.loads(line)) for line in lines if line]
-        except (ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise ValueError(f"{source} is not an attribution folder: {error}") from error
-        version = meta.pop(ATTRIBUTION.schema, None) if isinstance(meta, dict) else None
-        if version != ATTRIBUTION.version:
-            raise ValueError(f"{source}: expected attribution schema version {ATTRIBUTION.version}, got {version}")
-        return cls(logits, passages, meta)
+            lines = content[FILES[1]].decode().split("\n")  # a text may hold other line ends
+            passages = [_passage(line) for line in lines if line]
+            arrays = read_tensors(content[FILES[0]])
+            return cls(arrays["logits"], passages, meta)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{source} is not {ATTRIBUTION.folder}: {error}") from error
+
+
+def _passage(line: str) -> Passage:
+    passage = Passage(**json.loads(line))
+    if not (isinstance(passage.start, int) and isinstance(passage.end, int) and isinstance(passage.text, str)):
+        raise ValueError(f"expected a passage with start, end and text, got {line[:60]}")
+    return passage
