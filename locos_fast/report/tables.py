@@ -22,8 +22,8 @@ def scores_table(scores: HeadScores, k: int) -> Table:
     norm = scores.meta.get("norm")
     unit = "logits" if norm == "frozen" else "logits before the final norm"
     table = Table(title=f"Top {k} heads by LOCOS score ({unit}, norm={norm})")
-    for column in ("head", "S = L+ - L-", "L+", "L-", "DLA", "attention-spatial", "Wu"):
-        table.add_column(column, justify="left" if column == "head" else "right", no_wrap=True)
+    for column in ("head", "S = L+ - L-", "L+", "L-", "DLA", "attention spatial", "Wu"):
+        table.add_column(column, justify="left" if column == "head" else "right", overflow="fold")
     for head in scores.top(k):
         arrays = (scores.score, scores.l_plus, scores.l_minus, scores.dla, scores.attention_spatial, scores.wu)
         table.add_row(head_name(head), *(f"{array[head]:+.4g}" for array in arrays))
@@ -86,7 +86,7 @@ def diagnosis_table(diagnosis: Diagnosis) -> Table:
     """Layer by layer: what it is, how many heads of what size, and how exactly they are scored."""
     table = Table(title=f"{escape(shown(diagnosis.model))}: what is scored, and how exactly")
     for column in ("layer", "kind", "heads", "KV heads", "head dim", "residual", "scored"):
-        table.add_column(column, justify="left" if column in ("kind", "scored") else "right")
+        table.add_column(column, justify="left" if column in ("kind", "scored") else "right", overflow="fold")
     for layer in diagnosis.layers:
         size = "-" if layer.head_dim is None else str(layer.head_dim)
         if layer.value_dim != layer.head_dim:
