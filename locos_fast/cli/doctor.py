@@ -24,7 +24,7 @@ def doctor(
     from locos_fast.scoring import diagnosis
 
     source = ModelSource(model, revision, dtype, device, device_map, attn_implementation, trust_remote_code)
-    network, _ = load_model(source, diagnosis.PROMPT_TOKENS, "model")
+    network, _ = load_model(source, diagnosis.prompt_tokens(source.config()), "model")
     result = diagnosis.diagnose(network)
     if as_json:
         print(json.dumps(result.as_dict(), indent=2, allow_nan=False))

@@ -136,19 +136,22 @@ def doubt(completeness: dict[str, Any], dtype: torch.dtype) -> str | None:
     return f"contributions miss the model's logit, relative to their size, {', '.join(known) or 'by no finite number'}"
 
 
-def random_prompt(model: PreTrainedModel, tokens: int = PROMPT_TOKENS) -> Tensor:
-    """(1, tokens) random token ids, none of them one that the configuration gives a meaning (image tokens ...).
+def prompt_tokens(config: Any) -> int:
+    """How many tokens a model of this configuration is examined with: fewer where it has no more positions."""
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return min(PROMPT_TOKENS, positions or PROMPT_TOKENS)
 
-    Fewer where the model has no more positions.
-    """
+
+def random_prompt(model: PreTrainedModel, tokens: int | None = None) -> Tensor:
+    """(1, tokens) random token ids, none of them one that the configuration gives a meaning (image tokens ...)."""
     embedding: Any = model.get_input_embeddings()
     text = model.config.get_text_config(decoder=True)
-    tokens = min(tokens, getattr(text, "max_position_embeddings", None) or tokens)
     allowed = torch.ones(min(int(text.vocab_size), len(embedding.weight)), dtype=torch.bool)
     for token in _special_tokens(model.config):
         if 0 <= token < len(allowed):
             allowed[token] = False
     choice = allowed.nonzero()[:, 0] if bool(allowed.any()) else torch.arange(len(allowed))
+    tokens = prompt_tokens(model.config) if tokens is None else tokens
     drawn = torch.randint(len(choice), (1, tokens), generator=torch.Generator().manual_seed(0))
     return choice[drawn].to(embedding.weight.device)
 

@@ -143,6 +143,11 @@ def test_a_prompt_of_any_length_will_do(length):
     assert diagnose(build("llama"), tokens(1, length)).verdict == "exact"
 
 
+def test_doctor_takes_a_model_with_few_positions(capsys, monkeypatch, tmp_path):
+    build("gpt2", n_positions=8).save_pretrained(tmp_path)
+    assert json.loads(doctor(capsys, monkeypatch, str(tmp_path), "--json"))["verdict"] == "exact"
+
+
 def test_a_prompt_of_the_wrong_shape_is_refused():
     with pytest.raises(ValueError, match="input_ids: expected"):
         diagnose(build("llama"), tokens(2, 5))
