@@ -20,6 +20,7 @@ from benchmarks.problem import Problem
 from benchmarks.providers import PROVIDERS, Provider, Terms, terms
 from locos_fast.ops import reference
 from locos_fast.ops.arguments import span_table
+from locos_fast.ops.attention import Attention
 
 SMALL = (
     Geometry("small", 8, 2, 64),
@@ -88,9 +89,8 @@ def naive_terms(problem: Problem, dtype: torch.dtype) -> Terms:
     """The definition in `dtype`."""
     query, key, value, direction = (x.to(dtype) for x in (problem.query, problem.key, problem.value, problem.direction))
     spans = span_table(problem.spans, 1).to(problem.device)
-    sums = reference.attention_contribution(
-        query, key, value, direction, spans, problem.visibility, scale=problem.scale
-    )
+    attention = Attention(query, key, value, problem.visibility, problem.scale)
+    sums = reference.attention_contribution(attention, direction, spans)
     return terms(problem, sums.span[..., 0], sums.total)
 
 

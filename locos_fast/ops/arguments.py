@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from locos_fast.ops.attention import Attention
 from locos_fast.ops.visibility import KeyCounts, Visibility
 
 Spans = Sequence[tuple[int, int]] | Tensor
@@ -60,8 +61,8 @@ def check_attention(
     scale: float | None,
     softcap: float | None,
     sinks: Tensor | None,
-) -> dict:
-    """Check what the three attention functions share; returns their keyword arguments."""
+) -> Attention:
+    """Check what the three attention functions share."""
     check_rank("query", query, "(B, H, T, D)")
     batch, heads, rows, head_dim = query.shape
     check_dtype("query", query)
@@ -81,12 +82,9 @@ def check_attention(
         require(fits, "sinks", f"({heads},)", shape_of(sinks))
         check_device("sinks", sinks, query)
     check_visibility(visibility, batch, rows, key)
-    return {
-        "visibility": visibility.to(query.device),
-        "scale": head_dim**-0.5 if scale is None else float(scale),
-        "softcap": None if softcap == math.inf else softcap,  # cap * tanh(score / cap) -> score
-        "sinks": sinks,
-    }
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    softcap = None if softcap == math.inf else softcap  # cap * tanh(score / cap) -> score
+    return Attention(query, key, value, visibility.to(query.device), scale, softcap, sinks)
 
 
 def _is_real(x: object) -> bool:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from locos_fast.ops import reference, torch_backend
 from locos_fast.ops.arguments import require
+from locos_fast.ops.attention import Attention
 from locos_fast.ops.contributions import Contributions, Summary
-from locos_fast.ops.visibility import KeyCounts, Visibility
+from locos_fast.ops.visibility import KeyCounts
 
 BackendName = Literal["auto", "triton", "torch", "reference"]
 
@@ -25,33 +26,10 @@ class Implementation(Protocol):
     ) -> Contributions: ...
 
     def attention_contribution(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        direction: Tensor,
-        spans: Tensor,
-        visibility: Visibility,
-        *,
-        scale: float,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-        counts: KeyCounts | None = None,
+        self, attention: Attention, direction: Tensor, spans: Tensor, counts: KeyCounts | None = None
     ) -> Contributions: ...
 
-    def attention_summary(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        spans: Tensor,
-        visibility: Visibility,
-        *,
-        scale: float,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-        counts: KeyCounts | None = None,
-    ) -> Summary: ...
+    def attention_summary(self, attention: Attention, spans: Tensor, counts: KeyCounts | None = None) -> Summary: ...
 
 
 class Backend(NamedTuple):
@@ -66,9 +44,14 @@ class Backend(NamedTuple):
         """The span table where the backend wants it."""
         return spans if self.plans_on_host else spans.to(device)
 
-    def inputs(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def input(self, x: Tensor) -> Tensor:
         """Queries, keys, values or weights in the dtype that the backend computes in."""
-        return tuple(x.to(reference.result_dtype(x)) for x in tensors) if self.widens else tensors
+        return x.to(reference.result_dtype(x)) if self.widens else x
+
+    def inputs(self, attention: Attention) -> Attention:
+        """The same of a whole attention call."""
+        query, key, value = map(self.input, attention[:3])
+        return attention._replace(query=query, key=key, value=value)
 
 
 TORCH = Backend("torch", torch_backend)

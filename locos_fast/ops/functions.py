@@ -36,7 +36,7 @@ from locos_fast.ops.arguments import (
     shape_of,
     span_table,
 )
-from locos_fast.ops.backends import Backend, BackendName, backend_for
+from locos_fast.ops.backends import REFERENCE, Backend, BackendName, backend_for
 from locos_fast.ops.contributions import Contributions, Summary
 from locos_fast.ops.exact import exact
 from locos_fast.ops.visibility import KeyCounts, Visibility
@@ -78,8 +78,7 @@ def ov_contribution(
         check_device("visible", visible, attn)
     chosen = backend_for(backend, attn)
     table = chosen.table(span_table(spans, batch), attn.device)
-    attn, value = chosen.inputs(attn, value)
-    return chosen.functions.ov_contribution(attn, value, direction, table, visible=visible)
+    return chosen.functions.ov_contribution(chosen.input(attn), chosen.input(value), direction, table, visible=visible)
 
 
 @exact()
@@ -109,11 +108,10 @@ def attention_contribution(
     A row that sees nothing has sums 0, lse -inf (or its sink) and argmax -1.
     Raises ValueError for shapes, dtypes, devices, spans and backends that do not fit.
     """
-    options = check_attention(query, key, value, visibility, scale, softcap, sinks)
+    attention = check_attention(query, key, value, visibility, scale, softcap, sinks)
     check_direction(direction, (*query.shape[:3], value.shape[3]), query)
     chosen, table = _over_spans(backend, query, spans, counts)
-    query, key, value = chosen.inputs(query, key, value)
-    return chosen.functions.attention_contribution(query, key, value, direction, table, counts=counts, **options)
+    return chosen.functions.attention_contribution(chosen.inputs(attention), direction, table, counts)
 
 
 @exact()
@@ -136,10 +134,9 @@ def attention_summary(
     is direction . head output, which a model computes anyway, a `Summary` and the head output together give every sum
     of `attention_contribution` for any direction chosen afterwards.
     """
-    options = check_attention(query, key, value, visibility, scale, softcap, sinks)
+    attention = check_attention(query, key, value, visibility, scale, softcap, sinks)
     chosen, table = _over_spans(backend, query, spans, counts)
-    query, key, value = chosen.inputs(query, key, value)
-    return chosen.functions.attention_summary(query, key, value, table, counts=counts, **options)
+    return chosen.functions.attention_summary(chosen.inputs(attention), table, counts)
 
 
 @exact()
@@ -159,13 +156,12 @@ def position_contribution(
 
     Arguments and errors are those of `attention_contribution`, less the spans.
     """
-    options = check_attention(query, key, value, visibility, scale, softcap, sinks)
+    attention = check_attention(query, key, value, visibility, scale, softcap, sinks)
     check_direction(direction, (*query.shape[:3], value.shape[3]), query)
     require(backend in ("auto", "torch", "reference"), "backend", "auto, torch or reference", repr(backend))
     if backend == "reference":
-        query, key, value = (x.to(reference.result_dtype(x)) for x in (query, key, value))
-        return reference.position_contribution(query, key, value, direction, **options)
-    return torch_backend.position_contribution(query, key, value, direction, **options)
+        return reference.position_contribution(REFERENCE.inputs(attention), direction)
+    return torch_backend.position_contribution(attention, direction)
 
 
 def _over_spans(backend: str, query: Tensor, spans: Spans, counts: KeyCounts | None) -> tuple[Backend, Tensor]:

@@ -13,8 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from locos_fast.ops.attention import Attention, key_counts
 from locos_fast.ops.contributions import Contributions, Summary
-from locos_fast.ops.visibility import KeyCounts, Visibility, count_keys, count_span_visible
+from locos_fast.ops.visibility import KeyCounts, Visibility, count_span_visible
 
 
 def repeat_kv(x: Tensor, heads: int) -> Tensor:
@@ -47,6 +48,14 @@ def softmax_normaliser(scores: Tensor, sinks: Tensor | None = None) -> Tensor:
 def attention_weights(scores: Tensor, lse: Tensor) -> Tensor:
     """alpha (B, H, T, N); zero in rows that see nothing."""
     return torch.where(scores == -torch.inf, 0.0, (scores - lse[..., None]).exp())
+
+
+def softmax(attention: Attention) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, normaliser and weights of a call, the weights in the dtype of its queries."""
+    query, key, _, visibility, scale, softcap, sinks = attention
+    scores = attention_scores(query, key, visibility, scale=scale, softcap=softcap)
+    lse = softmax_normaliser(scores, sinks)
+    return scores, lse, attention_weights(scores, lse).to(query.dtype)
 
 
 def span_mask(spans: Tensor, kv_offset: int, n_keys: int) -> Tensor:
@@ -83,45 +92,22 @@ def ov_contribution(
 
 
 def attention_contribution(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    direction: Tensor,
-    spans: Tensor,
-    visibility: Visibility,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    counts: KeyCounts | None = None,
+    attention: Attention, direction: Tensor, spans: Tensor, counts: KeyCounts | None = None
 ) -> Contributions:
     """Sums of phi from queries, keys and values; `spans` in slots."""
-    scores = attention_scores(query, key, visibility, scale=scale, softcap=softcap)
-    lse = softmax_normaliser(scores, sinks)
-    weights = attention_weights(scores, lse).to(query.dtype)
-    return ov_contribution(weights, value, direction, spans - visibility.kv_offset)._replace(
+    scores, lse, weights = softmax(attention)
+    kv_offset = attention.visibility.kv_offset
+    return ov_contribution(weights, attention.value, direction, spans - kv_offset)._replace(
         lse=lse,
-        argmax=largest_slot(scores, -torch.inf, visibility.kv_offset),
-        **(counts or count_keys(visibility, spans, key.shape[0], key.shape[2]))._asdict(),
+        argmax=largest_slot(scores, -torch.inf, kv_offset),
+        **(counts or key_counts(attention, spans))._asdict(),
     )
 
 
-def attention_summary(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    spans: Tensor,
-    visibility: Visibility,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    counts: KeyCounts | None = None,
-) -> Summary:
+def attention_summary(attention: Attention, spans: Tensor, counts: KeyCounts | None = None) -> Summary:
     """Each span's share of the head output and the softmax statistics; `spans` in slots."""
-    scores = attention_scores(query, key, visibility, scale=scale, softcap=softcap)
-    lse = softmax_normaliser(scores, sinks)
-    weights = attention_weights(scores, lse).to(query.dtype)
+    query, key, value, visibility = attention[:4]
+    scores, lse, weights = softmax(attention)
     inside = span_mask(spans, visibility.kv_offset, key.shape[2])[:, None, None]
     span_weights = weights[..., None, :] * inside  # (B, H, T, S, N)
     dtype = result_dtype(query)
@@ -131,23 +117,12 @@ def attention_summary(
         total_mass=weights.sum(-1).to(dtype),
         lse=lse,
         argmax=largest_slot(scores, -torch.inf, visibility.kv_offset),
-        **(counts or count_keys(visibility, spans, key.shape[0], key.shape[2]))._asdict(),
+        **(counts or key_counts(attention, spans))._asdict(),
     )
 
 
-def position_contribution(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    direction: Tensor,
-    visibility: Visibility,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
+def position_contribution(attention: Attention, direction: Tensor) -> Tensor:
     """phi itself, (B, H, T, N)."""
-    scores = attention_scores(query, key, visibility, scale=scale, softcap=softcap)
-    weights = attention_weights(scores, softmax_normaliser(scores, sinks)).to(query.dtype)
-    phi = weights * (direction.to(value.dtype) @ repeat_kv(value, query.shape[1]).mT)
-    return phi.to(result_dtype(query))
+    weights, value = softmax(attention)[2], attention.value
+    phi = weights * (direction.to(value.dtype) @ repeat_kv(value, weights.shape[1]).mT)
+    return phi.to(result_dtype(value))

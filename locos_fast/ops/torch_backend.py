@@ -15,10 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from locos_fast.ops.attention import Attention, key_counts
 from locos_fast.ops.contributions import Contributions, Summary
 from locos_fast.ops.torch_softmax import LOG2_E, RunningLargest, RunningSoftmax
 from locos_fast.ops.torch_spans import SUMMED_AT_ONCE, SpanOutputs, SpanSums
-from locos_fast.ops.visibility import KeyCounts, Visibility, count_keys, count_span_visible
+from locos_fast.ops.visibility import KeyCounts, Visibility, count_span_visible
 
 # Keys per block: of 8 heads (head_dim 128, float32) they take 3.7 MB, the scores for 32 rows a head 0.9 MB. A multiple
 # of CHUNK, without which a maximum is slow, and of SUMMED_AT_ONCE, without which tiles of spans are cut.
@@ -117,15 +118,8 @@ class Products:
 class Scorer:
     """Scores of stacked rows against one block of keys after another, masked by visibility, and their softmax."""
 
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        visibility: Visibility,
-        scale: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> None:
+    def __init__(self, attention: Attention) -> None:
+        query, key, _, visibility, scale, softcap, sinks = attention
         self.softcap, self.visibility = softcap, visibility
         self.layout = GroupedRows.of(query, key.shape[1])
         self.dtype = torch.promote_types(query.dtype, torch.float32)
@@ -200,25 +194,15 @@ class Projection:
 
 
 def attention_contribution(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    direction: Tensor,
-    spans: Tensor,
-    visibility: Visibility,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    counts: KeyCounts | None = None,
+    attention: Attention, direction: Tensor, spans: Tensor, counts: KeyCounts | None = None
 ) -> Contributions:
     """Sums of phi from queries, keys and values: online softmax with scalar payloads (total, spans, span masses)."""
-    scorer = Scorer(query, key, visibility, scale, softcap, sinks)
+    scorer = Scorer(attention)
     layout, softmax = scorer.layout, scorer.softmax
     direction = layout.stack(direction).to(scorer.dtype)
     total = torch.zeros_like(softmax.denominator)
-    span_sums = SpanSums(spans, visibility.kv_offset, key.shape[2], total, fields=2)
-    projection = Projection(scorer.products, direction, value)
+    span_sums = SpanSums(spans, attention.visibility.kv_offset, attention.key.shape[2], total, fields=2)
+    projection = Projection(scorer.products, direction, attention.value)
     for start, end in scorer.blocks():
         exponentials, keep = scorer.exponentials(start, end)
         total.mul_(keep).add_(projection.total(exponentials, start, end, span_sums, softmax.reference))
@@ -231,26 +215,15 @@ def attention_contribution(
         total_mass=layout.unstack(softmax.denominator * to_alpha),
         lse=layout.unstack(softmax.lse()),
         argmax=layout.unstack(softmax.largest.argmax()),
-        **(counts or count_keys(visibility, spans, key.shape[0], key.shape[2]))._asdict(),
+        **(counts or key_counts(attention, spans))._asdict(),
     )
 
 
-def attention_summary(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    spans: Tensor,
-    visibility: Visibility,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    counts: KeyCounts | None = None,
-) -> Summary:
+def attention_summary(attention: Attention, spans: Tensor, counts: KeyCounts | None = None) -> Summary:
     """The lean path: one pass over the keys; values are read only inside the spans."""
-    scorer = Scorer(query, key, visibility, scale, softcap, sinks)
+    scorer = Scorer(attention)
     layout, softmax = scorer.layout, scorer.softmax
-    outputs = SpanOutputs(spans, visibility.kv_offset, scorer.query[..., 0], value)
+    outputs = SpanOutputs(spans, attention.visibility.kv_offset, scorer.query[..., 0], attention.value)
     for start, end in scorer.blocks():
         exponentials, _ = scorer.exponentials(start, end)
         outputs.add(start, exponentials, softmax.reference)
@@ -261,7 +234,7 @@ def attention_summary(
         total_mass=layout.unstack(softmax.denominator * softmax.to_alpha()),
         lse=layout.unstack(softmax.lse()),
         argmax=layout.unstack(softmax.largest.argmax()),
-        **(counts or count_keys(visibility, spans, key.shape[0], key.shape[2]))._asdict(),
+        **(counts or key_counts(attention, spans))._asdict(),
     )
 
 
@@ -297,25 +270,15 @@ def ov_contribution(
     )
 
 
-def position_contribution(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    direction: Tensor,
-    visibility: Visibility,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
+def position_contribution(attention: Attention, direction: Tensor) -> Tensor:
     """phi itself, (B, H, T, N): one pass for the normaliser, one to write."""
-    scorer = Scorer(query, key, visibility, scale, softcap, sinks)
+    scorer = Scorer(attention)
     layout, softmax = scorer.layout, scorer.softmax
     for block in scorer.blocks():
         scorer.exponentials(*block)
     to_alpha = softmax.to_alpha()[..., None]
-    projection = Projection(scorer.products, layout.stack(direction).to(scorer.dtype), value)
-    phi = to_alpha.new_zeros((*to_alpha.shape[:-1], key.shape[2]))
+    projection = Projection(scorer.products, layout.stack(direction).to(scorer.dtype), attention.value)
+    phi = to_alpha.new_zeros((*to_alpha.shape[:-1], attention.key.shape[2]))
     for start, end in scorer.blocks():
         alpha = scorer.scores(start, end).sub_(softmax.reference[..., None]).exp2_().mul_(to_alpha)
         phi[..., start:end] = projection.phi(alpha, start, end)

@@ -12,14 +12,15 @@ from locos_fast.kernels import tiles
 from locos_fast.kernels.attention_contribution import attention_contribution_split
 from locos_fast.kernels.attention_summary import attention_summary_split, span_output
 from locos_fast.kernels.ov_contribution import ov_contribution_split
+from locos_fast.ops.attention import Attention, key_counts
 from locos_fast.ops.contributions import Contributions, Summary
 from locos_fast.ops.triton_grid import Grid, on, readable, strides
 from locos_fast.ops.triton_partials import Pairs, Rows, Splits, softmax_rows, span_sums, weight_sums
 from locos_fast.ops.triton_spans import SpanPlan, columns_inside, on_device, span_columns
-from locos_fast.ops.visibility import KeyCounts, Visibility, count_keys
+from locos_fast.ops.visibility import KeyCounts
 
 
-class Attention(NamedTuple):
+class KernelArguments(NamedTuple):
     """The arguments that all attention kernels share."""
 
     bounds: tuple[Tensor, Tensor, Tensor]  # first, last (B, T) and the holes
@@ -29,7 +30,8 @@ class Attention(NamedTuple):
     softcap: float | None
 
     @classmethod
-    def of(cls, query: Tensor, visibility: Visibility, scale: float, softcap: float | None) -> Attention:
+    def of(cls, attention: Attention) -> KernelArguments:
+        query, _, _, visibility, scale, softcap, _ = attention
         shape = (query.shape[0], query.shape[2])
         first, last = (bound.expand(shape).contiguous() for bound in (visibility.first, visibility.last))
         holes = visibility.key_mask
@@ -69,25 +71,15 @@ def _value_lanes(value: Tensor) -> dict[str, int]:
 
 
 def attention_contribution(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    direction: Tensor,
-    spans: Tensor,
-    visibility: Visibility,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    counts: KeyCounts | None = None,
+    attention: Attention, direction: Tensor, spans: Tensor, counts: KeyCounts | None = None
 ) -> Contributions:
     """`locos_fast.ops.attention_contribution` by `kernels/attention_contribution.py`."""
-    query, key, value, direction = map(readable, (query, key, value, direction))
-    batch, n_keys, kv_offset = query.shape[0], key.shape[2], visibility.kv_offset
+    query, key, value, direction = map(readable, (*attention[:3], direction))
+    batch, n_keys, kv_offset = query.shape[0], key.shape[2], attention.visibility.kv_offset
     grid = Grid.of(query, key, value)
     plan = SpanPlan.of(spans - kv_offset, batch, n_keys, grid.tile.block_n, query.device)
-    counts = counts or count_keys(visibility, on_device(spans, query.device), batch, n_keys)
-    attention = Attention.of(query, visibility, scale, softcap)
+    counts = counts or key_counts(attention, on_device(spans, query.device))
+    shared = KernelArguments.of(attention)
     splits = Splits.allocate(grid, query.device, sums=3)
     pairs = Pairs.allocate(grid, plan.pairs, query.device)
     with on(query.device):
@@ -97,12 +89,12 @@ def attention_contribution(
             key,
             value,
             direction,
-            *attention.bounds,
+            *shared.bounds,
             *plan.table,
             *splits,
             *pairs,
             *strides(query, key, value, direction),
-            *attention.scalars,
+            *shared.scalars,
             n_keys,
             grid.steps,
             grid.kv_heads,
@@ -112,10 +104,10 @@ def attention_contribution(
             UNROLLED_SPANS=plan.unrolled,
             **_key_lanes(key),
             **_value_lanes(value),
-            **attention.flags,
+            **shared.flags,
             **grid.constants,
         )
-        rows = softmax_rows(splits, kv_offset, sinks, grid)
+        rows = softmax_rows(splits, kv_offset, attention.sinks, grid)
         mass, span = span_sums(plan, pairs, rows, grid)
     return Contributions(
         span=span,
@@ -133,7 +125,7 @@ def _span_outputs(
     key: Tensor,
     value: Tensor,
     columns: tuple[Tensor, Tensor],
-    attention: Attention,
+    shared: KernelArguments,
     rows: Rows,
     kv_offset: int,
     grid: Grid,
@@ -151,14 +143,14 @@ def _span_outputs(
         query,
         key,
         value,
-        *attention.bounds,
+        *shared.bounds,
         *columns,
         rows.largest,
         rows.inverse,
         mass,
         output,
         *strides(query, key, value),
-        *attention.scalars,
+        *shared.scalars,
         n_keys,
         grid.steps,
         grid.kv_heads,
@@ -172,52 +164,41 @@ def _span_outputs(
         BLOCK_N=tile.block_n,
         LANES_DV=lanes,
         **_key_lanes(key),
-        **attention.flags,
+        **shared.flags,
         **tile.options(grid.arch, stages=1),
     )
     return mass, output
 
 
-def attention_summary(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    spans: Tensor,
-    visibility: Visibility,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    counts: KeyCounts | None = None,
-) -> Summary:
+def attention_summary(attention: Attention, spans: Tensor, counts: KeyCounts | None = None) -> Summary:
     """`locos_fast.ops.attention_summary` by `kernels/attention_summary.py`."""
-    query, key, value = map(readable, (query, key, value))
-    batch, n_keys, kv_offset = query.shape[0], key.shape[2], visibility.kv_offset
-    counts = counts or count_keys(visibility, on_device(spans, query.device), batch, n_keys)
+    query, key, value = map(readable, attention[:3])
+    batch, n_keys, kv_offset = query.shape[0], key.shape[2], attention.visibility.kv_offset
+    counts = counts or key_counts(attention, on_device(spans, query.device))
     grid = Grid.of(query, key, key)
-    attention = Attention.of(query, visibility, scale, softcap)
+    shared = KernelArguments.of(attention)
     splits = Splits.allocate(grid, query.device, sums=2)
     with on(query.device):
         attention_summary_split[grid.programs](
             query,
             key,
-            *attention.bounds,
+            *shared.bounds,
             splits.largest,
             splits.denominator,
             splits.column,
             *strides(query, key),
-            *attention.scalars,
+            *shared.scalars,
             n_keys,
             grid.steps,
             grid.kv_heads,
             kv_offset,
             **_key_lanes(key),
-            **attention.flags,
+            **shared.flags,
             **grid.constants,
         )
-        rows = softmax_rows(splits, kv_offset, sinks, grid)
+        rows = softmax_rows(splits, kv_offset, attention.sinks, grid)
         columns = span_columns(spans, kv_offset, batch, n_keys, query.device)
-        mass, output = _span_outputs(query, key, value, columns, attention, rows, kv_offset, grid)
+        mass, output = _span_outputs(query, key, value, columns, shared, rows, kv_offset, grid)
     return Summary(
         span_output=output,
         mass=mass,

@@ -16,6 +16,7 @@ from locos_fast.models.architecture import attention_layers
 from locos_fast.models.attention_calls import AnswerRows
 from locos_fast.models.residual_stream import take_rows
 from locos_fast.ops import functions
+from locos_fast.ops.attention import Attention
 from locos_fast.ops.backends import Backend
 from locos_fast.ops.visibility import Visibility, count_keys
 from locos_fast.scoring.attribute_tokens import _SegmentSums
@@ -67,14 +68,13 @@ def spans_of(count: int) -> Tensor:
 
 def test_a_summary_is_three_launches_and_no_wait(launched: list[str], inputs: Inputs) -> None:
     query, key, value, _, visibility = inputs
+    attention = Attention(query, key, value, visibility, scale=0.1)
     spans = spans_of(100)
     counts = count_keys(visibility, spans.to("meta"), BATCH, KEYS)
     with Operators(launched):
-        triton_backend.attention_summary(
-            query, key, value, spans, visibility, scale=0.1, counts=counts
-        )  # plans are kept
+        triton_backend.attention_summary(attention, spans, counts)  # plans are kept
         launched.clear()
-        triton_backend.attention_summary(query, key, value, spans, visibility, scale=0.1, counts=counts)
+        triton_backend.attention_summary(attention, spans, counts)
     assert launched == ["attention_summary_split", "combine_splits", "span_output"]
 
 
@@ -83,11 +83,11 @@ def test_a_contribution_is_one_pass_however_many_spans(launched: list[str], inpu
     query, key, value, direction, visibility = inputs
     spans = spans_of(count)
     counts = count_keys(visibility, spans.to("meta"), BATCH, KEYS)
-    arguments = (query, key, value, direction, spans, visibility)
-    triton_backend.attention_contribution(*arguments, scale=0.1, counts=counts)
+    attention = Attention(query, key, value, visibility, scale=0.1)
+    triton_backend.attention_contribution(attention, direction, spans, counts)
     launched.clear()
     with Operators(launched):
-        triton_backend.attention_contribution(*arguments, scale=0.1, counts=counts)
+        triton_backend.attention_contribution(attention, direction, spans, counts)
     # a pair that nobody writes, its tile being hidden from every row, keeps what it is filled with
     assert launched == ["fill", "attention_contribution_split", "combine_splits", "combine_spans"]
 

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from locos_fast.ops import Contributions, Summary, reference
 from locos_fast.ops.arguments import span_table
+from locos_fast.ops.attention import Attention
 from tests.oracles.attention_problem import Problem, WeightsProblem
 
 
@@ -153,13 +154,15 @@ def _allowed(
 
 def _run(function: str, problem: Problem, dtype: torch.dtype) -> Contributions | Summary | Tensor:
     """A function of `reference` on the inputs in `dtype`."""
-    arguments = {name: getattr(problem, name).to(dtype) for name in ("query", "key", "value", "direction")}
-    if function == "attention_summary":
-        del arguments["direction"]
-    if function != "position_contribution":
-        arguments["spans"] = span_table(problem.spans, problem.query.shape[0]).to(problem.query.device)
+    query, key, value, direction = (x.to(dtype) for x in problem[:4])
     options = problem.options | {"scale": _scale(problem)}
-    return getattr(reference, function)(**arguments, visibility=problem.visibility, **options)
+    attention = Attention(query, key, value, problem.visibility, **options)
+    spans = span_table(problem.spans, query.shape[0]).to(query.device)
+    if function == "position_contribution":
+        return reference.position_contribution(attention, direction)
+    if function == "attention_summary":
+        return reference.attention_summary(attention, spans)
+    return reference.attention_contribution(attention, direction, spans)
 
 
 def _naive_dtypes(inputs: Tensor, naive_dtype: torch.dtype | None) -> set[torch.dtype]:
