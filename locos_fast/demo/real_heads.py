@@ -26,7 +26,7 @@ NEEDLES: dict[str, Callable[[int], Iterator[Needle]]] = {
     "non_literal": non_literal_needles,
 }
 MODEL = "smollm2"
-CONTEXT_TOKENS = 330  # with needle, question and chat template a prompt is about 400
+CONTEXT_TOKENS = 330  # with needle, question and chat template a prompt is 370 on average
 TRIALS = 10  # per question type: that many to score, as many others to ablate
 ABLATED = (5, 10)  # heads
 CONTROL_DRAWS = 5
