@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,12 @@ class Problem:
     def counts(self) -> KeyCounts:
         """Keys that each row sees, in all and in the needle: one forward pass counts them once for all layers."""
         return count_keys(self.visibility, torch.tensor([self.spans], device=self.device), 1, self.case.n_keys)
+
+    @property
+    def attention(self) -> dict[str, Any]:
+        """The arguments that the functions of attention share."""
+        names = ("query", "key", "value", "spans", "visibility", "counts")
+        return {name: getattr(self, name) for name in names}
 
     @cached_property
     def attn(self) -> Tensor:

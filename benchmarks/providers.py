@@ -86,48 +86,17 @@ def of_needle_and_total(problem: Problem, sums: tuple[Tensor, Tensor]) -> Terms:
 
 
 def by_contribution(backend: BackendName) -> Callable[[Problem], Contributions]:
-    def run(problem: Problem) -> Contributions:
-        return attention_contribution(
-            problem.query,
-            problem.key,
-            problem.value,
-            problem.direction,
-            problem.spans,
-            problem.visibility,
-            counts=problem.counts,
-            backend=backend,
-        )
-
-    return run
+    return lambda problem: attention_contribution(direction=problem.direction, backend=backend, **problem.attention)
 
 
 def by_summary(backend: BackendName) -> Callable[[Problem], Summary]:
-    def run(problem: Problem) -> Summary:
-        return attention_summary(
-            problem.query,
-            problem.key,
-            problem.value,
-            problem.spans,
-            problem.visibility,
-            counts=problem.counts,
-            backend=backend,
-        )
-
-    return run
+    return lambda problem: attention_summary(backend=backend, **problem.attention)
 
 
 def by_ov(backend: BackendName) -> Callable[[Problem], Contributions]:
-    def run(problem: Problem) -> Contributions:
-        return ov_contribution(
-            problem.attn,
-            problem.value,
-            problem.direction,
-            problem.spans,
-            visible=problem.visible,
-            backend=backend,
-        )
-
-    return run
+    return lambda problem: ov_contribution(
+        problem.attn, problem.value, problem.direction, problem.spans, visible=problem.visible, backend=backend
+    )
 
 
 def by_sdpa(problem: Problem) -> Tensor:

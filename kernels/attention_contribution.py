@@ -157,18 +157,11 @@ def attention_contribution_split(
         )
         if met:
             write_pairs(
-                low_ptr,
-                high_ptr,
-                start_ptr,
-                end_ptr,
-                pair_ptr,
-                pair_largest_ptr,
-                pair_mass_ptr,
-                pair_phi_ptr,
+                (low_ptr, high_ptr),
+                (start_ptr, end_ptr, pair_ptr),
+                (pair_largest_ptr, pair_mass_ptr, pair_phi_ptr),
                 start,
-                weights,
-                phi,
-                tile_m,
+                (weights, phi, tile_m),
                 row_offset,
                 kv_heads * rows,
                 UNROLLED_SPANS,

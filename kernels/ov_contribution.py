@@ -123,18 +123,11 @@ def ov_contribution_split(
         largest, column = larger(largest, column, tile_largest, tile_column)
         if met:
             write_pairs(
-                low_ptr,
-                high_ptr,
-                start_ptr,
-                end_ptr,
-                pair_ptr,
-                pair_largest_ptr,
-                pair_mass_ptr,
-                pair_phi_ptr,
+                (low_ptr, high_ptr),
+                (start_ptr, end_ptr, pair_ptr),
+                (pair_largest_ptr, pair_mass_ptr, pair_phi_ptr),
                 start,
-                weights,
-                phi,
-                largest,
+                (weights, phi, largest),
                 row_offset,
                 kv_heads * rows,
                 UNROLLED_SPANS,

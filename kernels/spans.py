@@ -16,23 +16,11 @@ from .softmax_state import decay
 
 
 @triton.jit
-def write_pair(
-    span,
-    start_ptr,
-    end_ptr,
-    pair_ptr,
-    pair_largest_ptr,
-    pair_mass_ptr,
-    pair_phi_ptr,
-    tile_start,
-    weights,
-    phi,
-    largest,
-    row_offset,
-    pair_stride,
-    BLOCK_N: tl.constexpr,
-):
+def write_pair(span, table, pairs, tile_start, tile_sums, row_offset, pair_stride, BLOCK_N: tl.constexpr):
     """Sum one span's share of a tile: its weights into mass, its weights times projected values into phi."""
+    start_ptr, end_ptr, pair_ptr = table
+    pair_largest_ptr, pair_mass_ptr, pair_phi_ptr = pairs
+    weights, phi, largest = tile_sums
     begin = tl.load(start_ptr + span)
     end = tl.load(end_ptr + span)
     if tl.maximum(begin, tile_start) < tl.minimum(end, tile_start + BLOCK_N):
@@ -47,18 +35,11 @@ def write_pair(
 
 @triton.jit
 def write_pairs(
-    low_ptr,
-    high_ptr,
-    start_ptr,
-    end_ptr,
-    pair_ptr,
-    pair_largest_ptr,
-    pair_mass_ptr,
-    pair_phi_ptr,
+    reached,
+    table,
+    pairs,
     tile_start,
-    weights,
-    phi,
-    largest,
+    tile_sums,
     row_offset,
     pair_stride,
     UNROLLED_SPANS: tl.constexpr,
@@ -66,47 +47,21 @@ def write_pairs(
 ):
     """The pairs of every span that reaches into a tile.
 
+    reached: pointers to low and high. table: to start, end and pair. pairs: to largest, mass and phi. tile_sums: the
+    tile's weights, weights times projected values, and the largest score of each row.
+
     A few spans are unrolled, because a loop inside the loop over tiles would keep the next tile from being fetched
     ahead; where more spans than that meet one tile (single tokens, say), UNROLLED_SPANS is 0 and they are looped over.
     """
+    low_ptr, high_ptr = reached
     span = tl.load(low_ptr + tile_start // BLOCK_N)
     end_span = tl.load(high_ptr + tile_start // BLOCK_N)
     if UNROLLED_SPANS == 0:
         for one in range(span, end_span):
-            write_pair(
-                one,
-                start_ptr,
-                end_ptr,
-                pair_ptr,
-                pair_largest_ptr,
-                pair_mass_ptr,
-                pair_phi_ptr,
-                tile_start,
-                weights,
-                phi,
-                largest,
-                row_offset,
-                pair_stride,
-                BLOCK_N,
-            )
+            write_pair(one, table, pairs, tile_start, tile_sums, row_offset, pair_stride, BLOCK_N)
     for _ in tl.static_range(UNROLLED_SPANS):
         if span < end_span:
-            write_pair(
-                span,
-                start_ptr,
-                end_ptr,
-                pair_ptr,
-                pair_largest_ptr,
-                pair_mass_ptr,
-                pair_phi_ptr,
-                tile_start,
-                weights,
-                phi,
-                largest,
-                row_offset,
-                pair_stride,
-                BLOCK_N,
-            )
+            write_pair(span, table, pairs, tile_start, tile_sums, row_offset, pair_stride, BLOCK_N)
         span += 1
 
 
