@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from locos_fast.models.architecture import UnsupportedModelError
 from locos_fast.models.prefix_cache import PrefixCache
-from locos_fast.models.token_chunks import TOKENS_PER_CHUNK, token_chunks
+from locos_fast.models.token_chunks import TOKENS_PER_CHUNK
 from locos_fast.ops.backends import BackendName
-from locos_fast.prompts.prefix_tree import PrefixNode, prefix_tree
 from locos_fast.prompts.trials import Trial
 from locos_fast.scoring.directions import Norm
 from locos_fast.scoring.head_scores import HeadScores
 from locos_fast.scoring.score import score_tokens
+from locos_fast.scoring.shared_prefixes import behind_shared_prefixes, trial_tree
 
 
 class Tokenizer(Protocol):
@@ -71,31 +68,12 @@ class LocosScorer:
         done: called with a trial's place in `trials` and its scores as soon as they are there.
         """
         results: dict[int, HeadScores] = {}
-        options = (norm, contrast, backend, verify, token_chunk)
-
-        def walk(node: PrefixNode, prefix: PrefixCache | None) -> None:
-            first = next(node.sequences())
-            if prefix is not None and node.end > prefix.tokens:
-                with torch.inference_mode(), token_chunks(self.model, token_chunk):
-                    prefix.extend(self._ids(trials[first])[:, prefix.tokens : node.end])
-            for leaf in node.leaves:
-                results[leaf] = self._score(trials[leaf], prefix if node.end else None, *options)
-                if done is not None:
-                    done(leaf, results[leaf])
-            for child in node.children:
-                with contextlib.nullcontext() if prefix is None else prefix.branch():
-                    walk(child, prefix)
-
-        if trials:
-            sequences = [[*trial.prompt_ids, *trial.answer_ids] for trial in trials]
-            walk(prefix_tree(sequences, [len(trial.prompt_ids) - 1 for trial in trials]), self._empty_prefix())
+        walk = behind_shared_prefixes(self.model, trials, trial_tree(trials), token_chunk=token_chunk) if trials else ()
+        for number, prefix in walk:
+            results[number] = self._score(trials[number], prefix, norm, contrast, backend, verify, token_chunk)
+            if done is not None:
+                done(number, results[number])
         return [results[i] for i in range(len(trials))]
-
-    def _empty_prefix(self) -> PrefixCache | None:
-        try:
-            return PrefixCache(self.model)
-        except UnsupportedModelError:
-            return None
 
     def _ids(self, trial: Trial) -> Tensor:
         return trial.input_ids.to(self.model.get_input_embeddings().weight.device)

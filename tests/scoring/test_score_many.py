@@ -1,11 +1,13 @@
 """Many trials on one model: scored in the order given, what they begin with computed once."""
 
+import numpy as np
 import pytest
 import torch
 
-from locos_fast import LocosScorer, Trial
+from locos_fast import HeadScores, LocosScorer, Trial, score_tokens
 from locos_fast.models.architecture import UnsupportedModelError
-from locos_fast.scoring import scorer as scorer_module
+from locos_fast.scoring import shared_prefixes
+from locos_fast.scoring.shared_prefixes import behind_shared_prefixes, trial_tree
 from tests.oracles.architecture_models import build
 from tests.oracles.scores import assert_same
 from tests.oracles.threads import one_thread
@@ -77,10 +79,28 @@ def test_a_model_without_a_cache_is_run_whole(monkeypatch: pytest.MonkeyPatch) -
     def refuse(model: object) -> None:
         raise UnsupportedModelError("takes no cache")
 
-    monkeypatch.setattr(scorer_module, "PrefixCache", refuse)
+    monkeypatch.setattr(shared_prefixes, "PrefixCache", refuse)
     found = LocosScorer(build("llama", dtype=torch.float32), Names()).score_many(grid())
     assert {scores.meta["prefix_tokens"] for scores in found} == {0}
 
 
 def test_no_trials_have_no_scores() -> None:
     assert LocosScorer(build("llama", dtype=torch.float32), Names()).score_many([]) == []
+
+
+def test_what_is_done_is_skipped_and_the_rest_keeps_its_bits() -> None:
+    scorer, trials = LocosScorer(build("gemma3", dtype=torch.float32), Names()), grid()
+    tree = trial_tree(trials)
+
+    def scored(skip: set[int]) -> dict[int, HeadScores]:
+        walk = behind_shared_prefixes(scorer.model, trials, tree, token_chunk=None, skip=skip)
+        return {
+            i: score_tokens(
+                scorer.model, trials[i].input_ids, trials[i].needle_span, trials[i].answer_positions, prefix=prefix
+            )
+            for i, prefix in walk
+        }
+
+    everything, rest = scored(set()), scored({0, 2, 3})
+    assert sorted(rest) == [1, 4, 5]
+    assert all(np.array_equal(rest[i].score, everything[i].score, equal_nan=True) for i in rest)
