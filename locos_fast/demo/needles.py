@@ -7,53 +7,7 @@ import random
 from collections.abc import Iterator
 from typing import NamedTuple
 
-NAMES = (
-    "Laura Oscar Nadia Felix Greta Marco Ingrid Hugo Selma Victor Clara Dmitri Amira Stefan Bianca Leon Yara Tobias "
-    "Elena Rafael Judith Malik Sonja Erik Paula Andre Miriam Kasper Lucia Henrik Noemi Anton Carmen Jonas Helga Pavel"
-).split()
-
-COUNTRY_OF = {
-    "Lisbon": "Portugal",
-    "Madrid": "Spain",
-    "Paris": "France",
-    "Rome": "Italy",
-    "Berlin": "Germany",
-    "Vienna": "Austria",
-    "Athens": "Greece",
-    "Warsaw": "Poland",
-    "Budapest": "Hungary",
-    "Dublin": "Ireland",
-    "Oslo": "Norway",
-    "Stockholm": "Sweden",
-    "Helsinki": "Finland",
-    "Copenhagen": "Denmark",
-    "Brussels": "Belgium",
-    "Moscow": "Russia",
-    "Istanbul": "Turkey",
-    "Cairo": "Egypt",
-    "Nairobi": "Kenya",
-    "Lagos": "Nigeria",
-    "Tehran": "Iran",
-    "Baghdad": "Iraq",
-    "Mumbai": "India",
-    "Karachi": "Pakistan",
-    "Bangkok": "Thailand",
-    "Hanoi": "Vietnam",
-    "Jakarta": "Indonesia",
-    "Beijing": "China",
-    "Tokyo": "Japan",
-    "Sydney": "Australia",
-    "Toronto": "Canada",
-    "Lima": "Peru",
-    "Santiago": "Chile",
-    "Havana": "Cuba",
-    "Barcelona": "Spain",
-    "Munich": "Germany",
-    "Milan": "Italy",
-    "Osaka": "Japan",
-    "Shanghai": "China",
-    "Krakow": "Poland",
-}
+from locos_fast.prompts.built_in_facts import COUNTRY_OF_CITY, NAMES
 
 
 class Needle(NamedTuple):
@@ -79,9 +33,9 @@ def literal_needles(seed: int) -> Iterator[Needle]:
 def non_literal_needles(seed: int) -> Iterator[Needle]:
     """A city for each name, in an order of their own for each seed; the answer is the city's country."""
     rng = random.Random(seed)
-    cities = rng.sample(sorted(COUNTRY_OF), len(COUNTRY_OF))
+    cities = rng.sample(sorted(COUNTRY_OF_CITY), len(COUNTRY_OF_CITY))
     for name, city in zip(rng.sample(NAMES, len(NAMES)), cities, strict=False):
-        country = COUNTRY_OF[city]
+        country = COUNTRY_OF_CITY[city]
         yield Needle(
             f"{name} lives in the city of {city}.",
             f"Which country does {name} live in?",

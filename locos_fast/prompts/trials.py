@@ -19,6 +19,7 @@ class Trial:
     depth        where the needle lies in the context, in percent: 0 is the beginning, 100 the end
     length       tokens in the prompt
     requested_depth  the depth that was asked for, where the needle was put at a sentence boundary near it
+    requested_length the tokens that were asked for, where the prompt was cut to at most that many
     context_sha256   hex digest of the context's text as it was given, in UTF-8, where there is one
 
     Raises ValueError, naming the field, for an empty answer, a span outside the prompt, a depth outside 0..100, or a
@@ -35,6 +36,7 @@ class Trial:
     length: int
     id: str
     requested_depth: float | None = None
+    requested_length: int | None = None
     context_sha256: str | None = None
 
     def __post_init__(self) -> None:

@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 
-from locos_fast.demo.needles import COUNTRY_OF, NAMES, literal_needles, non_literal_needles
+from locos_fast.demo.needles import literal_needles, non_literal_needles
+from locos_fast.prompts.built_in_facts import COUNTRY_OF_CITY, NAMES
 
 
 @pytest.mark.parametrize("needles", [literal_needles, non_literal_needles])
@@ -21,5 +22,5 @@ def test_literal_answers_stand_in_the_needle_and_non_literal_ones_do_not():
 
 
 def test_names_cities_and_countries_are_not_part_of_each_other():
-    words = {*NAMES, *COUNTRY_OF, *COUNTRY_OF.values()}
+    words = {*NAMES, *COUNTRY_OF_CITY, *COUNTRY_OF_CITY.values()}
     assert not [(a, b) for a, b in itertools.permutations(words, 2) if a in b]

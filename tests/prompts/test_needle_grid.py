@@ -1,0 +1,96 @@
+"""Facts over a grid of lengths and depths, and what gives an answer away."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from locos_fast.planted.vocabulary import build_tokenizer
+from locos_fast.prompts.built_in_facts import BUILT_IN_FACTS, RELATIONS
+from locos_fast.prompts.needle_grid import Grid, given_away, needle_trials
+from locos_fast.prompts.needle_prompt import Composer, Fact, Haystack
+
+FACTS = [
+    Fact(str(i), f"Louvre hosts {name} .", "who Louvre ANSWER", name) for i, name in enumerate("Ada Leo Olga".split())
+]
+
+
+def trials(limit: int, grid: Grid):
+    tokenizer = build_tokenizer(max_length=1000)
+    composer = Composer(tokenizer, chat_template=False)
+    haystack = Haystack.of(tokenizer, "old road in the valley . " * 40)
+    return needle_trials(composer, haystack, FACTS, grid, limit=limit, name="set")
+
+
+def test_a_limit_takes_evenly_from_all_lengths_depths_and_facts() -> None:
+    found = trials(12, Grid([60, 90], [0.0, 50.0, 100.0]))
+    assert set(Counter((t.requested_length, t.requested_depth) for t in found).values()) == {2}
+    assert set(Counter(t.answer for t in found).values()) == {4}
+    assert len({t.id for t in found}) == 12
+
+
+def test_without_a_limit_every_cell_asks_for_every_fact_once() -> None:
+    found = trials(1000, Grid([60, 90], [0.0, 100.0]))
+    assert len(found) == len({(t.requested_length, t.requested_depth, t.answer) for t in found}) == 12
+
+
+@pytest.mark.parametrize(
+    ("lengths", "depths", "expected"),
+    [
+        ("400:1600:3", "3", Grid([400, 1000, 1600], [0, 50, 100])),
+        ("300,200", "10,90", Grid([200, 300], [10, 90])),
+        ("500:500:1", "1", Grid([500], [50])),
+    ],
+)
+def test_lengths_and_depths_are_read(lengths: str, depths: str, expected: Grid) -> None:
+    assert Grid.parse(lengths, depths) == expected
+
+
+@pytest.mark.parametrize("lengths", ["", "a", "400:100:3", "400:500", "0", "-5", "400:500:0", "1:2:1", "100:200:3:4"])
+def test_other_lengths_are_refused(lengths: str) -> None:
+    with pytest.raises(ValueError, match="lengths: "):
+        Grid.parse(lengths, "3")
+
+
+@pytest.mark.parametrize("depths", ["", "x", "0", "-1", "10,101", "nan,1", "2.5"])
+def test_other_depths_are_refused(depths: str) -> None:
+    with pytest.raises(ValueError, match="depths: "):
+        Grid.parse("100", depths)
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "word"),
+    [
+        ("Portugal", "They drank Portuguese wine.", "Portuguese"),
+        ("Portugal", "portugal won.", "portugal"),
+        ("Rome", "Romeo was no Roman, Jerome neither.", None),
+        ("Rome", "All roads lead to Rome.", "Rome"),
+        ("Peru", "Peruse it.", None),
+    ],
+)
+def test_an_answer_or_its_stem_in_the_haystack_gives_it_away(answer: str, text: str, word: str | None) -> None:
+    assert given_away(Fact("x", "Laura lives there.", "Where?", answer), text) == word
+
+
+def test_a_literal_answer_is_given_by_its_own_needle() -> None:
+    assert given_away(Fact("x", "The number is 48213.", "Which?", "48213"), "48213") is None
+
+
+@pytest.mark.parametrize("name", BUILT_IN_FACTS)
+def test_built_in_facts_are_distinct_and_seeded(name: str) -> None:
+    facts = BUILT_IN_FACTS[name](3)
+    assert len({fact.id for fact in facts}) == len(facts) >= 20
+    assert facts == BUILT_IN_FACTS[name](3) != BUILT_IN_FACTS[name](4)
+
+
+def test_numbers_are_literal_and_bridges_are_not() -> None:
+    assert all(fact.literal for fact in BUILT_IN_FACTS["numbers"](0))
+    for fact in BUILT_IN_FACTS["bridges"](0):
+        assert given_away(fact, " ".join((fact.needle, fact.question, fact.lead))) is None, fact
+
+
+def test_bridges_have_twenty_facts_of_each_relation_and_relations_take_turns() -> None:
+    facts = BUILT_IN_FACTS["bridges"](0)
+    assert min(Counter(fact.group for fact in facts).values()) >= 20
+    assert len({fact.group for fact in facts[: len(RELATIONS)]}) == len(RELATIONS)

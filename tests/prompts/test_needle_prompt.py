@@ -1,0 +1,179 @@
+"""Needles stand where they were asked for, whatever the vocabulary."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from locos_fast.models.loading import ModelSource
+from locos_fast.prompts.haystacks import essays
+from locos_fast.prompts.needle_prompt import Composer, Fact, Haystack
+
+FACT = Fact("laura", "The magic number for Laura is 48213.", "What is the number for Laura?", "48213", "The number is")
+OTHER = Fact("oscar", "The magic number for Oscar is 55017.", "What is the number for Oscar?", "55017", "The number is")
+# How Llama 3 cuts text: a stop takes the newlines behind it along, a word the space in front of it.
+LLAMA_3 = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<user>\n{{ m.content }}\n{% endfor %}"
+    "<reply>{% if enable_thinking %}<think>{% endif %}\n"
+)
+
+
+def prose(sentences: int = 300) -> str:
+    rng = random.Random(0)
+    words = "the old town had many bridges over a quiet river, and people walked there in summer".split()
+    ends = (".", ".", ".", "!", "?", '."')
+    made = [
+        f"{' '.join(rng.choices(words, k=rng.randint(4, 14))).capitalize()}{rng.choice(ends)}" for _ in range(sentences)
+    ]
+    return " ".join(s + ("\n\n" if i % 9 == 8 else "") for i, s in enumerate(made))
+
+
+def wrapped(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    """With a BOS in front of every text, as in Llama tokenizers."""
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=TEMPLATE
+    )
+
+
+def trained(backend: Tokenizer, trainer: trainers.Trainer) -> PreTrainedTokenizerFast:
+    everything = " ".join((prose(), *FACT[1:], *OTHER[1:], "one <user> <reply>"))
+    backend.train_from_iterator([everything], trainer)
+    return wrapped(backend)
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA_3), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    return trained(
+        backend, trainers.BpeTrainer(vocab_size=500, special_tokens=["<s>", "</s>", "<unk>"], initial_alphabet=alphabet)
+    )
+
+
+def sentencepiece_style() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    return trained(backend, trainers.BpeTrainer(vocab_size=500, special_tokens=["<s>", "</s>", "<unk>"]))
+
+
+def word_level() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return trained(backend, trainers.WordLevelTrainer(special_tokens=["<s>", "</s>", "<unk>"]))
+
+
+KINDS = {"byte-level": byte_level, "sentencepiece": sentencepiece_style, "word-level": word_level}
+
+
+@pytest.fixture(params=KINDS, scope="module")
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+    build: Callable[[], PreTrainedTokenizerFast] = KINDS[request.param]
+    return build()
+
+
+def squeezed(text: str) -> str:
+    return re.sub(r"\s+", "", text)
+
+
+def compose(tokenizer, *, depth=50.0, length=600, chat=False, facts=(FACT,), depths=None, asked=0, text=None):
+    composer = Composer(tokenizer, chat_template=chat)
+    haystack = Haystack.of(tokenizer, text or prose())
+    places = [depth] if depths is None else depths
+    return composer.compose(haystack, facts, places, length=length, asked=asked, trial_id="x"), haystack
+
+
+def assert_within_a_sentence(tokenizer, text: str, depth: float, length: int) -> None:
+    trial, haystack = compose(tokenizer, depth=depth, length=length, text=text)
+    last, _ = compose(tokenizer, depth=100, length=length, text=text)
+    start, end = trial.needle_span
+    assert squeezed(tokenizer.decode(trial.prompt_ids[start:end])) == squeezed(FACT.needle)
+    opening = len(Composer(tokenizer, chat_template=False).opening)
+    place, context = start - opening, last.needle_span[0] - opening
+    if depth == 100:
+        assert place == context
+        return
+    assert place in haystack.boundaries  # a whole sentence precedes the needle
+    longest = max(after - before for before, after in pairwise(haystack.boundaries) if before < context)
+    assert abs(place - context * depth / 100) <= longest
+    assert trial.depth == pytest.approx(100 * place / context)
+
+
+@pytest.mark.parametrize("depth", range(0, 101, 10))
+def test_a_needle_lands_within_a_sentence_of_the_depth_asked_for(tokenizer, depth: int) -> None:
+    assert_within_a_sentence(tokenizer, prose(), depth, 600)
+
+
+@pytest.mark.real
+def test_a_needle_lands_within_a_sentence_in_the_essays_for_smollm2() -> None:
+    tokenizer, text = ModelSource("smollm2").tokenizer(), "\n\n".join(essays()[:2])
+    for depth in range(0, 101, 10):
+        assert_within_a_sentence(tokenizer, text, depth, 1000)
+
+
+def test_sentences_end_where_the_text_says(tokenizer) -> None:
+    haystack = Haystack.of(tokenizer, prose())
+    endings = [tokenizer.decode(haystack.ids[:b]).rstrip()[-1] for b in haystack.boundaries[1:20]]
+    assert set(endings) <= set('.!?"') and len(haystack.boundaries) > 250
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_there_is_one_bos_and_the_length_is_what_was_asked_for(tokenizer, chat: bool) -> None:
+    trial, _ = compose(tokenizer, chat=chat)
+    assert trial.prompt_ids[0] == tokenizer.bos_token_id
+    assert trial.prompt_ids.count(tokenizer.bos_token_id) == 1
+    assert trial.length == len(trial.prompt_ids) == 600
+    assert (trial.requested_length, trial.requested_depth) == (600, 50.0)
+
+
+def test_the_reply_begins_with_the_lead_and_goes_on_with_the_answer(tokenizer) -> None:
+    trial, _ = compose(tokenizer, chat=True)
+    assert squeezed(tokenizer.decode(trial.prompt_ids)).endswith(squeezed("for Laura? <reply> The number is"))
+    assert squeezed(tokenizer.decode(trial.answer_ids)) == "48213"
+
+
+def test_an_answer_is_tokenised_as_the_reply_goes_on() -> None:
+    tokenizer = byte_level()
+    trial, _ = compose(tokenizer)
+    whole = tokenizer("The number is 48213", add_special_tokens=False).input_ids
+    assert whole[-len(trial.answer_ids) :] == trial.answer_ids
+
+
+def test_several_needles_stand_each_at_its_depth(tokenizer) -> None:
+    first, _ = compose(tokenizer, facts=(FACT, OTHER), depths=[80, 20], asked=0)
+    second, _ = compose(tokenizer, facts=(FACT, OTHER), depths=[80, 20], asked=1)
+    for trial, fact in ((first, FACT), (second, OTHER)):
+        assert squeezed(tokenizer.decode(trial.prompt_ids[slice(*trial.needle_span)])) == squeezed(fact.needle)
+    assert second.needle_span[1] < first.needle_span[0]
+    context = first.needle_span[1]
+    assert first.prompt_ids[:context] == second.prompt_ids[:context]  # one context, two questions
+
+
+def test_what_does_not_fit_is_refused(tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"haystack: its \d+ tokens are too few for prompts of 9000"):
+        compose(tokenizer, length=9000)
+    with pytest.raises(ValueError, match="length: 12 tokens are too few"):
+        compose(tokenizer, length=12)
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
+    tokenizer = word_level()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="chat template"):
+        Composer(tokenizer, chat_template=True)
