@@ -16,8 +16,10 @@ from locos_fast import __version__
 from locos_fast.cli.attribute import attribute
 from locos_fast.cli.demo import demo
 from locos_fast.cli.doctor import doctor
+from locos_fast.cli.merge import merge
 from locos_fast.cli.options import console, errors, warn
 from locos_fast.cli.planted import planted
+from locos_fast.cli.scan import scan
 from locos_fast.cli.score import score
 from locos_fast.models.foreign_errors import first_line
 from locos_fast.report.display import shown
@@ -68,5 +70,5 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-for command in (demo, planted, score, attribute, doctor):
+for command in (demo, planted, score, scan, merge, attribute, doctor):
     app.command()(command)

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from locos_fast.report.display import shown
 
-console = Console()
-errors = Console(stderr=True)
+console = Console(emoji=False)  # "A:B:N" is no emoji
+errors = Console(stderr=True, emoji=False)
 
 
 def say(sentence: str) -> None:

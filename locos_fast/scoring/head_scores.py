@@ -18,6 +18,7 @@ from locos_fast.scoring.result_folder import ResultKind, read_tensors, tensor_by
 FILES = ("scores.safetensors", "config.json")
 SCORES = ResultKind("scores", "schema_version", 1, FILES, "heads.png", "a score folder")
 ARRAYS = ("score", "l_plus", "l_minus", "dla", "attention_spatial", "wu")
+OF_SEVERAL_TRIALS = ("per_trial", "ci_low", "ci_high")  # None where there is no mean over trials
 DETECTOR_NAMES = {"score": "LOCOS", "dla": "DLA", "attention_spatial": "attention-spatial", "wu": "Wu copy score"}
 
 Array = NDArray[np.float64]
@@ -43,6 +44,7 @@ class HeadScores:
                        is that token
     meta               model, tokens, spans, versions: whatever describes how the scores came about (JSON)
     per_trial          (trials, layers, heads) `score` of each trial, for a mean over trials
+    ci_low, ci_high    (layers, heads) the interval of `score` over trials, where it was computed
 
     Logits are true ones where `meta["norm"]` is "frozen"; else dot products with raw unembedding rows.
     Raises ValueError, naming the array, for arrays that are not of one shape and of real numbers.
@@ -56,6 +58,8 @@ class HeadScores:
     wu: Array
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
     per_trial: Array | None = None
+    ci_low: Array | None = None
+    ci_high: Array | None = None
 
     def __post_init__(self) -> None:
         shape = np.shape(self.score)
@@ -64,6 +68,9 @@ class HeadScores:
         if self.per_trial is not None:
             trials = np.shape(self.per_trial)[:1] or ("trials",)
             _check_array("per_trial", self.per_trial, (*trials, *shape))
+        for name in ("ci_low", "ci_high"):
+            if getattr(self, name) is not None:
+                _check_array(name, getattr(self, name), shape)
 
     def top(self, k: int, *, by: str = "score") -> list[Head]:
         """The k heads with the largest values of array `by`, largest first; NaN heads are left out.
@@ -105,7 +112,7 @@ class HeadScores:
         if len(shapes := {trial.score.shape for trial in trials}) > 1:
             raise ValueError(f"scores: expected (layers, heads) of one model, got {sorted(shapes)}")
         stacks = {name: np.stack([getattr(trial, name) for trial in trials]) for name in ARRAYS}
-        return cls(**{n: _nan_mean(x) for n, x in stacks.items()}, meta=meta or {}, per_trial=stacks["score"])
+        return cls(**{n: nan_mean(x) for n, x in stacks.items()}, meta=meta or {}, per_trial=stacks["score"])
 
     def save_pretrained(self, directory: str | os.PathLike, *, overwrite: bool = False) -> None:
         """Write config.json and scores.safetensors; both are complete, or the folder has no config.json.
@@ -115,8 +122,8 @@ class HeadScores:
         target = Path(directory)
         SCORES.check(target, overwrite=overwrite)
         arrays = {name: np.asarray(getattr(self, name), dtype=np.float32) for name in ARRAYS}
-        if self.per_trial is not None:
-            arrays["per_trial"] = np.asarray(self.per_trial, dtype=np.float32)
+        given = {name: getattr(self, name) for name in OF_SEVERAL_TRIALS}
+        arrays |= {name: np.asarray(x, dtype=np.float32) for name, x in given.items() if x is not None}
         SCORES.write(target, {FILES[0]: tensor_bytes(arrays)}, self.meta)
 
     @classmethod
@@ -131,7 +138,8 @@ class HeadScores:
             for name, array in arrays.items():
                 _check_array(name, array, array.shape)
             arrays = {name: array.astype(np.float64) for name, array in arrays.items()}
-            return cls(**{n: arrays[n] for n in ARRAYS}, meta=meta, per_trial=arrays.get("per_trial"))
+            known = [name for name in (*ARRAYS, *OF_SEVERAL_TRIALS) if name in arrays]
+            return cls(**{name: arrays[name] for name in known}, meta=meta)
         except ValueError as error:
             raise ValueError(f"{source} is not {SCORES.folder}: {error}") from error
 
@@ -160,7 +168,8 @@ def _check_array(name: str, array: Any, shape: tuple) -> None:
         raise ValueError(f"{expected}, got {array.shape}")
 
 
-def _nan_mean(stack: Array) -> Array:
+def nan_mean(stack: Array) -> Array:
+    """Mean over the first axis, head by head; NaN entries do not count, a head that is NaN throughout stays NaN."""
     known = ~np.isnan(stack)
     count = known.sum(0)
     total = np.where(known, stack, 0.0).sum(0)

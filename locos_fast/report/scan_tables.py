@@ -1,0 +1,67 @@
+"""A scan in tables: its best heads with intervals, and how often the model was right by length and depth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from locos_fast.scoring.head_scores import HeadScores, head_name
+
+if TYPE_CHECKING:
+    from locos_fast.scans.result import Cell
+
+
+def scan_heads(scores: HeadScores, k: int) -> list[dict[str, Any]]:
+    """The k best heads with their intervals, for JSON."""
+    assert scores.ci_low is not None and scores.ci_high is not None
+    return [
+        {
+            "head": f"{head[0]}-{head[1]}",
+            "score": float(scores.score[head]),
+            "ci_low": float(scores.ci_low[head]),
+            "ci_high": float(scores.ci_high[head]),
+        }
+        for head in scores.top(k)
+    ]
+
+
+def scan_table(scores: HeadScores, k: int) -> Table:
+    """The k best heads: mean score over the trials that count, its interval, and the other detectors."""
+    assert scores.ci_low is not None and scores.ci_high is not None and scores.per_trial is not None
+    unit = "logits" if scores.meta["norm"] == "frozen" else "logits before the final norm"
+    table = Table(title=f"Top {k} heads by LOCOS score over {len(scores.per_trial)} trials ({unit})")
+    for column in ("head", "S", "95 % interval", "DLA", "attention-spatial", "Wu"):
+        table.add_column(column, justify="left" if column == "head" else "right")
+    for head in scores.top(k):
+        interval = f"{scores.ci_low[head]:+.4g} to {scores.ci_high[head]:+.4g}"
+        others = (f"{array[head]:+.4g}" for array in (scores.dla, scores.attention_spatial, scores.wu))
+        table.add_row(head_name(head), f"{scores.score[head]:+.4g}", interval, *others)
+    return table
+
+
+def gate_table(cells: Sequence[Cell]) -> Table:
+    """Prompt length x depth: in how many trials the model's own answer was right."""
+    depths = sorted({cell.depth for cell in cells})
+    table = Table(title="Trials that the model answered right, by prompt length and needle depth")
+    table.add_column("tokens", justify="right")
+    for depth in depths:
+        table.add_column(f"{depth:.3g} %", justify="right")
+    by_place = {(cell.length, cell.depth): f"{cell.passed} of {cell.ended}" for cell in cells}
+    for length in sorted({cell.length for cell in cells}):
+        table.add_row(str(length), *(by_place.get((length, depth), "-") for depth in depths))
+    return table
+
+
+def statistics_line(scores: HeadScores) -> str:
+    """How far the trials agree, in one line."""
+    found = scores.meta["statistics"]
+    return (
+        f"split-half reliability {_number(found['split_half'])}, churn of the {found['top_k']} best heads between "
+        f"trials {_number(found['churn'])}, Gini {_number(found['gini'])}"
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"

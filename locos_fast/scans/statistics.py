@@ -1,0 +1,131 @@
+"""What many trials say of every head: means, intervals, and how far the trials agree.
+
+Everything is computed from the trials' own scores, so that resuming, merging or adding trials cannot give another
+answer than one uninterrupted run. Arrays are (trials, layers, heads); NaN means that a trial says nothing of a head.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from locos_fast.scoring.head_scores import nan_mean
+
+Array = NDArray[np.float64]
+
+RESAMPLES = 1000
+SPLITS = 100
+ACTIVE_SHARE = 0.1  # of a trial's largest score, as in `HeadScores.found`
+BLOCK = 64  # resamples at a time
+
+
+class Interval(NamedTuple):
+    """Percentile bootstrap over trials, (layers, heads) each."""
+
+    low: Array
+    high: Array
+
+
+class Agreement(NamedTuple):
+    """How far trials agree on the heads."""
+
+    split_half: float  # mean Spearman correlation of the means of two halves of the trials, -1 to 1
+    churn: float  # 1 - mean Jaccard overlap of the k best heads of two trials, 0 to 1
+    top_k: int
+    gini: float  # of the positive mean scores: 0, all heads alike, to 1, one head has everything
+    zero_share: float  # share of heads whose mean score is exactly zero
+
+
+def bootstrap(scores: Array, *, seed: int = 0, confidence: float = 0.95, resamples: int = RESAMPLES) -> Interval:
+    """The interval of every head's mean over trials, by resampling trials with replacement."""
+    trials = len(scores)
+    rng = np.random.default_rng(seed)
+    known = ~np.isnan(scores)
+    values = np.where(known, scores, 0.0).reshape(trials, -1)
+    counted = known.reshape(trials, -1).astype(np.float64)
+    means = np.empty((resamples, values.shape[1]))
+    for start in range(0, resamples, BLOCK):
+        stop = min(start + BLOCK, resamples)
+        drawn = rng.multinomial(trials, np.full(trials, 1 / trials), size=stop - start).astype(np.float64)
+        count = drawn @ counted
+        means[start:stop] = np.where(count > 0, drawn @ values / np.maximum(count, 1), np.nan)
+    tail = (1 - confidence) / 2
+    never = ~known.any(0).reshape(-1)
+    means[:, never] = 0.0  # a quantile of nothing would warn
+    low, high = np.nanquantile(means, [tail, 1 - tail], axis=0)
+    low[never] = high[never] = np.nan
+    return Interval(low.reshape(scores.shape[1:]), high.reshape(scores.shape[1:]))
+
+
+def agreement(scores: Array, *, top_k: int = 10, seed: int = 0) -> Agreement:
+    """How far the trials agree; split_half and churn are NaN with fewer than two trials."""
+    mean = nan_mean(scores)
+    present = mean[~np.isnan(mean)]
+    return Agreement(
+        split_half=split_half(scores, seed=seed),
+        churn=churn(scores, top_k),
+        top_k=top_k,
+        gini=gini(present[present > 0]),
+        zero_share=float((present == 0).mean()) if len(present) else float("nan"),
+    )
+
+
+def split_half(scores: Array, *, seed: int = 0, splits: int = SPLITS) -> float:
+    """Mean Spearman correlation, over random splits, between the head means of two halves of the trials."""
+    trials = len(scores)
+    if trials < 2:
+        return float("nan")
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(splits):
+        order = rng.permutation(trials)
+        a, b = (nan_mean(scores[half]).ravel() for half in (order[: trials // 2], order[trials // 2 :]))
+        both = ~np.isnan(a) & ~np.isnan(b)
+        if len(np.unique(a[both])) > 1 and len(np.unique(b[both])) > 1:
+            found.append(spearman(a[both], b[both]))
+    return float(np.mean(found)) if found else float("nan")
+
+
+def spearman(a: Array, b: Array) -> float:
+    """Rank correlation of two vectors, ties sharing their mean rank; neither may be constant."""
+    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+
+
+def _ranks(values: Array) -> Array:
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[place]
+
+
+def churn(scores: Array, top_k: int) -> float:
+    """1 - the mean Jaccard overlap of the `top_k` best heads of every two trials."""
+    trials = len(scores)
+    if trials < 2:
+        return float("nan")
+    flat = np.where(np.isnan(scores), -np.inf, scores).reshape(trials, -1)
+    best = np.argsort(-flat, axis=1, kind="stable")[:, :top_k]
+    chosen = np.zeros_like(flat)
+    np.put_along_axis(chosen, best, 1.0, axis=1)
+    chosen[np.isinf(flat)] = 0.0
+    shared = chosen @ chosen.T
+    size = chosen.sum(1)
+    jaccard = shared / np.maximum(size[:, None] + size[None, :] - shared, 1)
+    return float(1 - jaccard[np.triu_indices(trials, 1)].mean())
+
+
+def active_share(scores: Array, share: float = ACTIVE_SHARE) -> Array:
+    """(layers, heads): in what share of the trials a head has at least `share` of the trial's largest score."""
+    trials = len(scores)
+    largest = np.nanmax(np.where(np.isnan(scores), -np.inf, scores).reshape(trials, -1), axis=1)
+    active = (scores >= share * largest[:, None, None]) & (largest > 0)[:, None, None]
+    return active.mean(0)
+
+
+def gini(values: Array) -> float:
+    """Gini coefficient of non-negative values, 0 to 1; NaN without any."""
+    ordered = np.sort(values)
+    if len(ordered) == 0 or ordered.sum() == 0:
+        return float("nan")
+    ranks = np.arange(1, len(ordered) + 1)
+    return float((2 * ranks - len(ordered) - 1) @ ordered / (len(ordered) * ordered.sum()))
