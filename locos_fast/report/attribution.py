@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 from rich.text import Text
 
+from locos_fast.scoring.directions import unit_of
 from locos_fast.scoring.head_scores import head_name
 from locos_fast.scoring.passages import Passage, PassageAttribution
 
@@ -26,8 +27,8 @@ TEXT_WIDTH = 120  # characters of a passage in a table
 
 def passages_table(result: PassageAttribution, k: int) -> Table:
     """The k passages from which most was written toward the answer, all heads together."""
-    table = Table(title=f"Top {k} passages by what all heads wrote from them (logits before the final norm)")
-    for column in ("rank", "logits", "tokens", "most by"):
+    table = Table(title=f"Top {k} passages by what all heads wrote from them ({unit_of('none')})")
+    for column in ("rank", "written", "tokens", "most by"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("text")  # the one column that shrinks, see `one_line`
     for rank, index in enumerate(result.top_passages(k), 1):
@@ -38,9 +39,9 @@ def passages_table(result: PassageAttribution, k: int) -> Table:
 
 
 def pairs_table(result: PassageAttribution, k: int) -> Table:
-    """The k (head, passage) pairs with the largest logits."""
-    table = Table(title=f"Top {k} pairs of head and passage (logits before the final norm)")
-    for column in ("head", "logits", "tokens"):
+    """The k (head, passage) pairs of which most was written."""
+    table = Table(title=f"Top {k} pairs of head and passage ({unit_of('none')})")
+    for column in ("head", "written", "tokens"):
         table.add_column(column, justify="left" if column == "head" else "right", no_wrap=True)
     table.add_column("text")  # the one column that shrinks, see `one_line`
     for head, index, logits in result.top_pairs(k):
@@ -113,7 +114,7 @@ def _draw_bars(axes: Axes, result: PassageAttribution) -> None:
     axes.add_collection(PolyCollection(outlines, facecolors=colours, edgecolors=colours, linewidths=1))
     axes.axhline(0, color="black", linewidth=0.6)
     tokens = result.meta["prompt_tokens"]
-    axes.set(xlim=(-0.01 * tokens, 1.01 * tokens), ylabel="logits, all heads")  # or the frame hides the first token
+    axes.set(xlim=(-0.01 * tokens, 1.01 * tokens), ylabel="written by all heads")  # or the frame hides the first token
     axes.margins(y=0.15)
     axes.autoscale_view(scalex=False)
     for rank, index in enumerate(result.top_passages(NUMBERED), 1):
@@ -134,6 +135,6 @@ def _draw_heads(axes: Axes, result: PassageAttribution, heads: list[tuple[int, i
         drawn, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest",
         extent=(0, tokens, len(heads) - 0.5, -0.5),
     )  # fmt: skip
-    axes.figure.colorbar(image, ax=axes, label="logits", shrink=0.9)
+    axes.figure.colorbar(image, ax=axes, label=unit_of("none"), shrink=0.9)
     axes.set_yticks(range(len(heads)), [head_name(head) for head in heads], fontsize=7)
     axes.set(xlabel="token of the prompt", ylabel=f"{len(heads)} strongest heads")

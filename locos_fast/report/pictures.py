@@ -11,6 +11,7 @@ import numpy as np
 
 from locos_fast.demo.known_heads import DECOYS, DETECTORS, KINDS, DemoResult
 from locos_fast.report.display import shown
+from locos_fast.scoring.directions import unit_of
 from locos_fast.scoring.head_scores import DETECTOR_NAMES, Head, HeadScores
 
 if TYPE_CHECKING:
@@ -28,9 +29,8 @@ def save_heat_map(scores: HeadScores, path: Path, *, title: str) -> None:
     from matplotlib import pyplot
 
     layers, heads = scores.score.shape
-    unit = "logits" if scores.meta.get("norm") == "frozen" else "logits before the final norm"
     figure, axes = pyplot.subplots(figsize=(2 + 0.25 * heads, 1.5 + 0.25 * layers), layout="constrained")
-    draw_heads(axes, scores, "score", shown(title), unit=unit)
+    draw_heads(axes, scores, "score", shown(title), unit=unit_of(scores.meta.get("norm")))
     for layer, head in scores.top(BEST):
         axes.scatter(head, layer, s=60, marker="s", facecolors="none", edgecolors="black")
     with warnings.catch_warnings():

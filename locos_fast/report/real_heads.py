@@ -11,6 +11,7 @@ from rich.table import Table
 
 from locos_fast.demo.real_heads import ABLATED, CONTROL_DRAWS, DETECTORS, RealResult
 from locos_fast.report.pictures import draw_heads
+from locos_fast.scoring.directions import unit_of
 from locos_fast.scoring.head_scores import Head
 
 FEW, MANY = ABLATED
@@ -71,7 +72,7 @@ def save_picture(results: Mapping[str, RealResult], path: Path) -> None:
         best = result.best["locos"]
         found = dict(zip(marks, (best[:FEW], best[FEW:]), strict=True))
         title = f"LOCOS score, {_spoken(kind)} questions"
-        draw_heads(axes, result.scores["none"], "score", title, found, marks, unit="logits before the final norm")
+        draw_heads(axes, result.scores["none"], "score", title, found, marks, unit=unit_of("none"))
         axes.set_yticks(range(0, len(result.scores["none"].score), 2))
     handles, labels = row[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(marks))

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from locos_fast.demo.known_heads import CHANCE, DECOYS, DETECTORS, KINDS, DemoResult
 from locos_fast.report.display import shown
+from locos_fast.scoring.directions import unit_of
 from locos_fast.scoring.head_scores import DETECTOR_NAMES, HeadScores, head_name
 
 if TYPE_CHECKING:
@@ -18,10 +19,9 @@ if TYPE_CHECKING:
 
 
 def scores_table(scores: HeadScores, k: int) -> Table:
-    """The k best heads with L+, L- and S, in logits."""
+    """The k best heads with L+, L- and S, in the unit of the scores, which the title names."""
     norm = scores.meta.get("norm")
-    unit = "logits" if norm == "frozen" else "logits before the final norm"
-    table = Table(title=f"Top {k} heads by LOCOS score ({unit}, norm={norm})")
+    table = Table(title=f"Top {k} heads by LOCOS score ({unit_of(norm)}, norm={norm})")
     for column in ("head", "S = L+ - L-", "L+", "L-", "DLA", "attention spatial", "Wu"):
         table.add_column(column, justify="left" if column == "head" else "right", overflow="fold")
     for head in scores.top(k):

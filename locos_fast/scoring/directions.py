@@ -34,6 +34,11 @@ def check_norm(norm: str) -> Norm:
     raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
 
 
+def unit_of(norm: str | None) -> str:
+    """What to call a score of this mode in tables and pictures: raw dot products are not in the units of a logit."""
+    return "logits" if norm == "frozen" else "dot products with raw unembedding rows"
+
+
 class Target(NamedTuple):
     """What heads are scored toward: each answer token's logit, or its difference to something."""
 

@@ -35,10 +35,10 @@ class HeadScores:
     """Scores of all heads, (layers, heads) float64 arrays; NaN where a layer has no softmax attention or sees no
     needle.
 
-    score              LOCOS: l_plus - l_minus (arXiv 2607.01002), logits
-    l_plus             what the head writes toward the answer from the needle, logits
-    l_minus            the same from all other visible keys, scaled to the needle's number of keys, logits
-    dla                direct logit attribution: what the head writes from all keys together, logits
+    score              LOCOS: l_plus - l_minus (arXiv 2607.01002)
+    l_plus             what the head writes toward the answer from the needle
+    l_minus            the same from all other visible keys, scaled to the needle's number of keys
+    dla                direct logit attribution: what the head writes from all keys together
     attention_spatial  the LOCOS contrast on attention weights alone, no units
     wu                 copy score: 1 / needle tokens for each answer token whose most attended key is in the needle and
                        is that token
@@ -46,7 +46,8 @@ class HeadScores:
     per_trial          (trials, layers, heads) `score` of each trial, for a mean over trials
     ci_low, ci_high    (layers, heads) the interval of `score` over trials, where it was computed
 
-    Logits are true ones where `meta["norm"]` is "frozen"; else dot products with raw unembedding rows.
+    score, l_plus, l_minus and dla are logits where `meta["norm"]` is "frozen", else dot products with raw unembedding
+    rows.
     Raises ValueError, naming the array, for arrays that are not of one shape and of real numbers.
     """
 

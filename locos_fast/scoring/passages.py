@@ -31,7 +31,7 @@ class Passage(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """What one head wrote from one passage, in logits before the final norm."""
+    """What one head wrote from one passage, in the units of the published score."""
 
     head: Head
     passage: int
@@ -42,7 +42,8 @@ class Pair(NamedTuple):
 class PassageAttribution:
     """What heads wrote toward the answer from passages of the prompt.
 
-    logits     (layers, heads, passages), see `attribute_tokens`; NaN where a layer has no softmax attention
+    logits     (layers, heads, passages), dot products with raw unembedding rows, see `attribute_tokens`; NaN where a
+               layer has no softmax attention
     passages   the passages, in the order of the array's last axis
     meta       model, prompt, answer, versions: whatever describes how the numbers came about (JSON)
 
@@ -61,7 +62,7 @@ class PassageAttribution:
 
     @cached_property
     def totals(self) -> NDArray:
-        """Sum over all heads, (passages,) logits."""
+        """Sum over all heads, (passages,), in the units of `logits`."""
         return np.asarray(np.nansum(self.logits, axis=(0, 1), dtype=np.float64))
 
     def top_passages(self, k: int) -> list[int]:
