@@ -102,7 +102,7 @@ class ResultKind(NamedTuple):
         try:
             config = json.loads((folder / CONFIG).read_bytes().decode())
         except FileNotFoundError:
-            return not os.path.lexists(folder / CONFIG)
+            return not (folder / CONFIG).is_symlink()  # one that leads nowhere; another writer's may be back by now
         except (ValueError, RecursionError):
             return False
         return isinstance(config, dict) and self.schema in config and (folder / self.files[0]).exists()
