@@ -168,3 +168,16 @@ def test_a_trial_describes_itself_with_the_hash_of_its_context(tokenizer):
     described = trial_of(tokenizer, depth=100).describe()
     assert described["context_sha256"] == hashlib.sha256(CONTEXT.encode()).hexdigest()
     assert (described["needle"], described["answer"], described["depth"]) == (NEEDLE, "The blue key", 100.0)
+
+
+@pytest.mark.real
+def test_the_real_tokenizer_keeps_the_eos_that_was_written():
+    from locos_fast.models.loading import ModelSource
+
+    smollm = ModelSource("smollm2").tokenizer()
+    eos = [smollm.eos_token_id]
+    assert trial_of(smollm, answer=EOS).answer_ids == eos
+    assert trial_of(smollm, answer=f"The key{EOS}").answer_ids == own(smollm, " The key") + eos
+    trial = trial_of(smollm, question=f"What opens it?{EOS}")
+    assert trial.prompt_ids[-1:] == eos
+    assert trial.answer_ids == own(smollm, " The blue key")
