@@ -48,8 +48,13 @@ def scan(
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens: A:B:N, N of them from A to B, or A,B,...")],
     out: Annotated[Path, typer.Option(parser=folder, metavar="FOLDER", help="Folder for the results.")],
     haystack: Annotated[str, typer.Option(help="essays, a UTF-8 text file, or a folder of .txt files.")] = "essays",
-    depths: Annotated[str, typer.Option(help="How many depths from 0 to 100 %, or percentages: 10,50,90.")] = "5",
+    depths: Annotated[
+        str | None, typer.Option(help="How many depths from 0 to 100 %, or percentages: 10,50,90; 5 of them.")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Trials at most, spread evenly over lengths and depths.")] = 96,
+    needles_per_context: Annotated[
+        int, typer.Option(min=1, help="Hide that many needles, evenly spaced, in one context and ask for each.")
+    ] = 1,
     norm: Annotated[str, typer.Option(help="none, the published score, or frozen, true logit units.")] = "none",
     gate: Annotated[bool, typer.Option(help="Count only trials that the model itself answers right.")] = True,
     chat_template: Annotated[
@@ -68,7 +73,7 @@ def scan(
     """Score every head of a model on many trials; the results survive being interrupted."""
     from locos_fast.models.loading import ModelSource
     from locos_fast.prompts.haystacks import read_haystack
-    from locos_fast.prompts.needle_grid import Grid, needle_trials
+    from locos_fast.prompts.needle_grid import Grid, needle_trials, packed_trials
     from locos_fast.prompts.needle_prompt import Composer, Haystack
     from locos_fast.scans.manifest import Shard
     from locos_fast.scans.run import scan as run_scan
@@ -77,7 +82,11 @@ def scan(
     from locos_fast.scoring.result_folder import check_writable
 
     unit, part = check_norm(norm), None if shard is None else Shard.parse(shard)
-    grid = Grid.parse(lengths, depths)
+    if packed := needles_per_context > 1:
+        if depths is not None:
+            raise ValueError("depths: --needles-per-context spreads the needles evenly; give one of the two")
+        depths = str(needles_per_context)
+    grid = Grid.parse(lengths, depths or "5")
     ScanFolder(out).check_free(resume=resume)
     check_writable(out)
     facts, text = _facts(dataset, seed), read_haystack(haystack)
@@ -89,7 +98,12 @@ def scan(
     composer, hay = Composer(tokenizer, chat_template=chat_template), Haystack.of(tokenizer, text)
     facts, left_out = _not_given_away(facts, hay.beginning(max(grid.lengths)), dataset)
     name = Path(dataset).stem
-    trials = needle_trials(composer, hay, facts, grid, limit=limit, name=name)
+    if packed:
+        trials = packed_trials(
+            composer, hay, facts, grid.lengths, per_context=needles_per_context, limit=limit, name=name
+        )
+    else:
+        trials = needle_trials(composer, hay, facts, grid, limit=limit, name=name)
     network, _ = load_model(source, max(len(t.prompt_ids) + len(t.answer_ids) for t in trials), "lengths")
     check_vocabulary(network, chain.from_iterable((*t.prompt_ids, *t.answer_ids) for t in trials))
     config = {
@@ -98,6 +112,8 @@ def scan(
         "left_out": left_out,
         "haystack": haystack,
         "haystack_sha256": _digest(text),
+        "contexts": "packed" if packed else "single",
+        "needles_per_context": needles_per_context,
         "lengths": grid.lengths,
         "depths": grid.depths,
         "limit": limit,

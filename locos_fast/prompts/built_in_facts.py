@@ -31,7 +31,7 @@ CITY_OF_LANDMARK = _pairs("""
     the Colosseum: Rome, the Eiffel Tower: Paris, the Brandenburg Gate: Berlin, the Parthenon: Athens,
     the Kremlin: Moscow, Big Ben: London, the Statue of Liberty: New York, the Hagia Sophia: Istanbul,
     the Sagrada Familia: Barcelona, the Louvre: Paris, the Golden Gate Bridge: San Francisco,
-    the Sydney Opera House: Sydney, the Burj Khalifa: Dubai, the Forbidden City: Beijing, the Trevi Fountain: Rome,
+    the Blue Mosque: Istanbul, the Burj Khalifa: Dubai, the Forbidden City: Beijing, the Trevi Fountain: Rome,
     Buckingham Palace: London, the Acropolis: Athens, the Prado Museum: Madrid, the White House: Washington,
     the Space Needle: Seattle, the Rijksmuseum: Amsterdam, the Spanish Steps: Rome, the Hollywood Sign: Los Angeles,
     the Charles Bridge: Prague
@@ -80,6 +80,7 @@ class Relation(NamedTuple):
                 answer=answer,
                 lead=self.lead.format(name=name),
                 group=group,
+                about=name,
             )
 
 
@@ -130,7 +131,7 @@ def numbers(seed: int) -> list[Fact]:
     for name in rng.sample(NAMES, len(NAMES)):
         lead, number = f"The special magic number for {name} is", str(rng.randint(10_000, 99_999))
         question = f"What is the special magic number for {name}?"
-        facts.append(Fact(f"number-{name.lower()}", f"{lead} {number}.", question, number, lead, "number"))
+        facts.append(Fact(f"number-{name.lower()}", f"{lead} {number}.", question, number, lead, "number", name))
     return facts
 
 

@@ -44,6 +44,55 @@ def needle_trials(
     return trials
 
 
+def packed_trials(
+    composer: Composer,
+    haystack: Haystack,
+    facts: Sequence[Fact],
+    lengths: Sequence[int],
+    *,
+    per_context: int,
+    limit: int,
+    name: str,
+) -> list[Trial]:
+    """At most `limit` trials, `per_context` to one context, in which all their needles are hidden, evenly spaced.
+
+    A trial asks for one of the needles; the others are then distractors, so that these are other trials than single
+    ones. Raises ValueError if the facts do not give that many that can stand together, or `limit` is smaller.
+    """
+    if limit < per_context:
+        raise ValueError(f"limit: expected at least the {per_context} needles of one context, got {limit}")
+    depths = [100 * i / (per_context - 1) for i in range(per_context)]
+    contexts = list(product(range(0, len(facts), per_context), lengths))[: limit // per_context]
+    trials = []
+    for first, length in contexts:
+        hidden = _together([*facts[first:], *facts[:first]], per_context)
+        for asked, fact in enumerate(hidden):
+            trial_id = f"{name}/{fact.id}/{length}/{depths[asked]:g}/packed"
+            trials.append(composer.compose(haystack, hidden, depths, length=length, asked=asked, trial_id=trial_id))
+    return trials
+
+
+def _together(facts: Sequence[Fact], count: int) -> list[Fact]:
+    """The first `count` facts that do not answer each other's questions."""
+    chosen: list[Fact] = []
+    for fact in facts:
+        if len(chosen) < count and not any(_clash(fact, other) for other in chosen):
+            chosen.append(fact)
+    if len(chosen) < count:
+        raise ValueError(f"needles-per-context: only {len(chosen)} of the facts can stand together, not {count}")
+    return chosen
+
+
+def _clash(one: Fact, other: Fact) -> bool:
+    return (
+        one.question == other.question
+        or one.answer == other.answer
+        or (one.about == other.about != "")
+        or given_away(one, other.needle) is not None
+        or given_away(other, one.needle) is not None
+    )
+
+
 def given_away(fact: Fact, text: str) -> str | None:
     """What of the answer stands in the text, the answer itself or a word of the same stem, although the needle does
     not say it and it should have to be inferred; None if nothing does, or the needle says the answer."""

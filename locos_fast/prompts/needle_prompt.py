@@ -30,6 +30,7 @@ class Fact(NamedTuple):
     answer: str
     lead: str = ""  # with which the reply is begun
     group: str = ""  # facts of one kind
+    about: str = ""  # whom; facts about the same one are not hidden together
 
     @property
     def literal(self) -> bool:

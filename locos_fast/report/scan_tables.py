@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from locos_fast.scans.statistics import active_share
 from locos_fast.scoring.head_scores import HeadScores, head_name
 
 if TYPE_CHECKING:
@@ -15,29 +16,33 @@ if TYPE_CHECKING:
 
 def scan_heads(scores: HeadScores, k: int) -> list[dict[str, Any]]:
     """The k best heads with their intervals, for JSON."""
-    assert scores.ci_low is not None and scores.ci_high is not None
+    assert scores.ci_low is not None and scores.ci_high is not None and scores.per_trial is not None
+    active = active_share(scores.per_trial)
     return [
         {
             "head": f"{head[0]}-{head[1]}",
             "score": float(scores.score[head]),
             "ci_low": float(scores.ci_low[head]),
             "ci_high": float(scores.ci_high[head]),
+            "active": float(active[head]),
         }
         for head in scores.top(k)
     ]
 
 
 def scan_table(scores: HeadScores, k: int) -> Table:
-    """The k best heads: mean score over the trials that count, its interval, and the other detectors."""
+    """The k best heads: mean score over the trials that count, its interval, in how many trials it is active (has a
+    tenth of the trial's largest score), and the other detectors."""
     assert scores.ci_low is not None and scores.ci_high is not None and scores.per_trial is not None
     unit = "logits" if scores.meta["norm"] == "frozen" else "logits before the final norm"
     table = Table(title=f"Top {k} heads by LOCOS score over {len(scores.per_trial)} trials ({unit})")
-    for column in ("head", "S", "95 % interval", "DLA", "attention-spatial", "Wu"):
+    active = active_share(scores.per_trial)
+    for column in ("head", "S", "95 % interval", "active in", "DLA", "attention-spatial", "Wu"):
         table.add_column(column, justify="left" if column == "head" else "right")
     for head in scores.top(k):
         interval = f"{scores.ci_low[head]:+.4g} to {scores.ci_high[head]:+.4g}"
         others = (f"{array[head]:+.4g}" for array in (scores.dla, scores.attention_spatial, scores.wu))
-        table.add_row(head_name(head), f"{scores.score[head]:+.4g}", interval, *others)
+        table.add_row(head_name(head), f"{scores.score[head]:+.4g}", interval, f"{active[head]:.0%}", *others)
     return table
 
 

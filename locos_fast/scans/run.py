@@ -21,6 +21,7 @@ from locos_fast.prompts.trials import Trial
 from locos_fast.scans.manifest import Manifest, Shard
 from locos_fast.scans.result import Scan, conclude
 from locos_fast.scans.store import DONE, Arrays, ScanFolder, Status
+from locos_fast.scoring.diagnosis import doubt, verdict_of
 from locos_fast.scoring.directions import Norm, check_norm
 from locos_fast.scoring.head_scores import ARRAYS, HeadScores
 from locos_fast.scoring.score import score_tokens
@@ -185,9 +186,12 @@ def _score(
     """The scores, or why there are none for this trial."""
     ids = trial.input_ids.to(model.get_input_embeddings().weight.device)
     try:
-        return score_tokens(
+        scores = score_tokens(
             model, ids, trial.needle_span, trial.answer_positions, norm=norm, prefix=prefix, token_chunk=token_chunk
         )
+        if norm == "frozen" and verdict_of(scores.meta["completeness"], model.dtype) == "wrong":
+            raise ValueError(f"completeness: {doubt(scores.meta['completeness'], model.dtype)}")
+        return scores
     except (*MISSING_MEMORY, UnsupportedModelError, RecordingError):
         raise
     except (ValueError, RuntimeError, ArithmeticError, IndexError) as error:

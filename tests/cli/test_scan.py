@@ -80,9 +80,26 @@ def test_shards_are_merged(capsys, monkeypatch, folder, tmp_path) -> None:
     assert (tmp_path / "all/scores.safetensors").read_bytes() == (tmp_path / "whole/scores.safetensors").read_bytes()
 
 
+def test_several_needles_to_a_context_find_the_same_heads_and_are_a_mode_of_their_own(
+    capsys, monkeypatch, folder, tmp_path
+) -> None:
+    command = scan_command(folder, tmp_path / "x", depths=None, needles_per_context="4")
+    code, out, _ = run(capsys, monkeypatch, [*command, "--json"])
+    found = json.loads(out)
+    assert (code, found["trials"], found["passed"]) == (0, 24, 24)
+    scores = HeadScores.from_pretrained(tmp_path / "x")
+    assert scores.found() == planted.build(**MODEL).heads["literal"]
+    assert (scores.meta["contexts"], scores.meta["needles_per_context"]) == ("packed", 4)
+    lines = [json.loads(line) for line in (tmp_path / "x" / "trials.jsonl").read_text().splitlines()]
+    assert min(line["prefix_tokens"] for line in lines) > 50  # the context was computed once for its four questions
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"needles_per_context": "4"}, "depths: --needles-per-context spreads the needles evenly"),
+        ({"needles_per_context": "17", "depths": None}, "only 16 of the facts can stand together, not 17"),
+        ({"needles_per_context": "30", "depths": None}, "limit: expected at least the 30 needles"),
         ({"dataset": "nolima"}, "dataset: expected numbers, bridges or a .jsonl file, got 'nolima'"),
         ({"haystack": "nowhere"}, "haystack: expected essays, a text file or a folder, got 'nowhere'"),
         ({"lengths": "100:50:2"}, "lengths: expected A:B:N"),

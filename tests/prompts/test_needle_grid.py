@@ -8,7 +8,7 @@ import pytest
 
 from locos_fast.planted.vocabulary import build_tokenizer
 from locos_fast.prompts.built_in_facts import BUILT_IN_FACTS, RELATIONS
-from locos_fast.prompts.needle_grid import Grid, given_away, needle_trials
+from locos_fast.prompts.needle_grid import Grid, given_away, needle_trials, packed_trials
 from locos_fast.prompts.needle_prompt import Composer, Fact, Haystack
 
 FACTS = [
@@ -33,6 +33,20 @@ def test_a_limit_takes_evenly_from_all_lengths_depths_and_facts() -> None:
 def test_without_a_limit_every_cell_asks_for_every_fact_once() -> None:
     found = trials(1000, Grid([60, 90], [0.0, 100.0]))
     assert len(found) == len({(t.requested_length, t.requested_depth, t.answer) for t in found}) == 12
+
+
+def test_packed_needles_share_a_context_and_never_answer_each_other() -> None:
+    composer = Composer(build_tokenizer(max_length=1000), chat_template=False)
+    haystack = Haystack.of(composer.tokenizer, "old road in the valley . " * 60)
+    facts = BUILT_IN_FACTS["bridges"](0)
+    found = packed_trials(composer, haystack, facts, [240], per_context=6, limit=30, name="set")
+    assert len(found) == len({(*t.prompt_ids, *t.needle_span) for t in found}) == 30
+    for first in range(0, 30, 6):
+        together = found[first : first + 6]
+        assert [t.requested_depth for t in together] == [0, 20, 40, 60, 80, 100]
+        assert len({t.needle.split()[0] for t in together}) == 6  # six names
+        for trial in together:
+            assert not any(trial.answer in other.needle for other in together)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +101,7 @@ def test_built_in_facts_are_distinct_and_seeded(name: str) -> None:
 def test_numbers_are_literal_and_bridges_are_not() -> None:
     assert all(fact.literal for fact in BUILT_IN_FACTS["numbers"](0))
     for fact in BUILT_IN_FACTS["bridges"](0):
+        assert not fact.literal, fact
         assert given_away(fact, " ".join((fact.needle, fact.question, fact.lead))) is None, fact
 
 

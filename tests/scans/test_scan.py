@@ -215,6 +215,13 @@ def test_a_trial_that_fails_says_why_and_the_others_go_on(model, trials, tmp_pat
     assert failed[0]["reason"]
 
 
+def test_frozen_scores_that_do_not_add_up_to_the_logit_do_not_count(model, trials, tmp_path, monkeypatch) -> None:
+    assert scan(model.model, model.tokenizer, trials[:2], tmp_path / "x", norm="frozen").statuses == {"scored": 2}
+    monkeypatch.setattr(run, "verdict_of", lambda *_: "wrong")
+    with pytest.raises(ValueError, match=r"no trial counts \(2 failed\): completeness: "):
+        scan(model.model, model.tokenizer, trials[:2], tmp_path / "y", norm="frozen")
+
+
 def test_a_manifest_refuses_no_trials_and_the_same_one_twice(trials) -> None:
     with pytest.raises(ValueError, match="at least one"):
         Manifest.of({}, [])

@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from locos_fast.scans.statistics import agreement, bootstrap, churn, gini, spearman, split_half
+from locos_fast.scans.statistics import active_share, agreement, bootstrap, churn, gini, spearman, split_half
 
 TRIALS, LAYERS, HEADS = 9, 3, 4
 
@@ -65,6 +65,14 @@ def test_churn_is_one_minus_the_mean_overlap_of_best_heads(scores: np.ndarray) -
         best.append(set(sorted(present, key=lambda place: -trial[place])[:5]))
     overlaps = [len(a & b) / len(a | b) for a, b in combinations(best, 2)]
     assert churn(scores, 5) == pytest.approx(1 - sum(overlaps) / len(overlaps), rel=1e-12)
+
+
+def test_a_head_is_active_where_it_has_a_tenth_of_the_largest_score(scores: np.ndarray) -> None:
+    scores[0] = -np.abs(scores[0])  # a trial in which no head is
+    found = active_share(scores)
+    for layer, head in ((0, 0), (1, 2), (2, 3)):
+        active = [t for t in scores[1:] if t[layer, head] >= 0.1 * np.nanmax(t)]
+        assert found[layer, head] == pytest.approx(len(active) / TRIALS)
 
 
 def test_equal_trials_agree_entirely_and_unrelated_ones_do_not() -> None:
