@@ -12,6 +12,7 @@ import torch
 from benchmarks import memory
 from benchmarks.measurements import MEMORY, TIME, WALL, Case, Measurement
 from benchmarks.timing import synchronise
+from locos_fast.models.foreign_errors import is_out_of_memory
 
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 20
 
@@ -35,7 +36,7 @@ def measure(runs: dict[str, Run], device: str, *, budget: float) -> Rounds:
         try:
             elapsed += _timed(run, device)[1]
         except RuntimeError as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             found.failed[name] = "out of memory"
         release(device)
@@ -46,7 +47,7 @@ def measure(runs: dict[str, Run], device: str, *, budget: float) -> Rounds:
             try:
                 seconds, wall = _timed(run, device)
             except RuntimeError as error:
-                if not out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 found.failed[name] = "out of memory"
                 del working[name]
@@ -86,10 +87,6 @@ def measurements(rounds: Rounds, case: Case, device: str) -> list[Measurement]:
             found.append(Measurement.of(name, WALL, rounds.wall[name], case))
         found.append(Measurement.of(name, MEMORY, [rounds.memory[name]], case))
     return found
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
 
 
 def release(device: str) -> None:

@@ -37,7 +37,7 @@ def ablate(model: PreTrainedModel, heads: Iterable[Head], *, mode: str = "output
             raise ValueError(f"heads: the model has no softmax-attention head ({index}, {head})")
         chosen[index].add(head)
     hooks = [
-        layers[index].projection.register_forward_pre_hook(_silence(layers[index], sorted(of_layer)))
+        layers[index].projection.register_forward_pre_hook(_silence(layers[index], sorted(of_layer)), with_kwargs=True)
         for index, of_layer in chosen.items()
     ]
     try:
@@ -69,9 +69,15 @@ def layer_matched_heads(model: PreTrainedModel, heads: Iterable[Head], *, seed: 
 def _silence(layer: AttentionLayer, heads: list[int]) -> Callable:
     count = head_count(layer)
 
-    def pre_hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        outputs = args[0].clone()
+    def silenced(x: Tensor) -> Tensor:
+        outputs = x.clone()
         outputs.unflatten(-1, (count, -1))[..., heads, :] = 0
-        return (outputs, *args[1:])
+        return outputs
+
+    def pre_hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (silenced(args[0]), *args[1:]), kwargs
+        name = next(name for name, x in kwargs.items() if isinstance(x, Tensor))
+        return args, kwargs | {name: silenced(kwargs[name])}
 
     return pre_hook

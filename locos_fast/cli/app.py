@@ -21,7 +21,7 @@ from locos_fast.cli.options import console, errors, warn
 from locos_fast.cli.planted import planted
 from locos_fast.cli.scan import scan
 from locos_fast.cli.score import score
-from locos_fast.models.foreign_errors import first_line
+from locos_fast.models.foreign_errors import first_line, is_out_of_memory
 from locos_fast.report.display import shown
 from locos_fast.scoring.recording import RecordingError
 
@@ -49,7 +49,7 @@ def main() -> None:
     except BAD_INPUT as error:
         code = _refuse(first_line(error))
     except RuntimeError as error:
-        if "not enough memory" not in str(error):  # all that PyTorch says of a CPU's
+        if not is_out_of_memory(error):
             raise
         code = _refuse(f"memory: {first_line(error)}")
     finally:

@@ -12,6 +12,8 @@ from rich.progress import track
 
 from locos_fast.cli.options import Json, Overwrite, Seed, draw, errors, folder, say, show, warn
 
+PICTURES = ("heads.png", "real.png")
+
 
 def demo(
     out: Annotated[Path, typer.Option(parser=folder, metavar="FOLDER", help="Folder for scores and pictures.")] = Path(
@@ -37,6 +39,8 @@ def demo(
     for target in folders.values():
         SCORES.check(target, overwrite=overwrite)
         check_writable(target)
+    if taken := [name for name in PICTURES if not overwrite and (out / name).exists()]:
+        raise FileExistsError(f"{out} already holds {', '.join(taken)}; choose another folder or --overwrite")
     if missing is not None:
         warn(f"the real model is left out: {missing}")
     planted = known_heads.run(length, seed=seed, progress=_progress)
@@ -44,12 +48,12 @@ def demo(
         _print_planted(planted)
     for kind, target in folders.items():
         planted.scores[kind].save_pretrained(target, overwrite=overwrite)
-    draw(save_demo_picture, planted, out / "heads.png")
+    draw(save_demo_picture, planted, out / PICTURES[0])
     real = None if planted_only or missing is not None else _real(out, seed, as_json)
     if as_json:
         print(json.dumps({"planted": planted.as_dict(), "real": real}, indent=2, allow_nan=False))
     else:
-        places = [*folders.values(), out / "heads.png", *([] if real is None else [out / "real.png"])]
+        places = [*folders.values(), out / PICTURES[0], *([] if real is None else [out / PICTURES[1]])]
         say(f"scores and pictures in {', '.join(map(str, places))}")
     if not all(planted.right("score", kind) for kind in known_heads.KINDS):
         errors.print("LOCOS did not find exactly the planted heads", style="red")
@@ -78,7 +82,7 @@ def _real(out: Path, seed: int, as_json: bool) -> dict[str, Any]:
 
     disable_progress_bar()  # this command has one of its own
     results = real_heads.run(seed=seed, progress=_progress)
-    draw(report.save_picture, results, out / "real.png")
+    draw(report.save_picture, results, out / PICTURES[1])
     if not as_json:
         show(report.recall_table(results))
     return report.as_dict(results)

@@ -22,6 +22,7 @@ from locos_fast.cli.options import (
     Model,
     Revision,
     Seed,
+    Trust,
     errors,
     folder,
     say,
@@ -68,6 +69,7 @@ def scan(
     device: Device = None,
     device_map: DeviceMap = None,
     attn_implementation: Attention = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Score every head of a model on many trials; the results survive being interrupted."""
@@ -90,7 +92,7 @@ def scan(
     ScanFolder(out).check_free(resume=resume)
     check_writable(out)
     facts, text = _facts(dataset, seed), read_haystack(haystack)
-    source = ModelSource(model, revision, dtype, device, device_map, attn_implementation)
+    source = ModelSource(model, revision, dtype, device, device_map, attn_implementation, trust_remote_code)
     source.torch_dtype(source.config())  # a wrong model or dtype is said before a wrong prompt
     tokenizer = source.tokenizer()
     if chat_template is None:
@@ -103,7 +105,7 @@ def scan(
             composer, hay, facts, grid.lengths, per_context=needles_per_context, limit=limit, name=name
         )
     else:
-        trials = needle_trials(composer, hay, facts, grid, limit=limit, name=name)
+        trials = needle_trials(composer, hay, facts, grid, limit=limit, name=name, seed=seed)
     network, _ = load_model(source, max(len(t.prompt_ids) + len(t.answer_ids) for t in trials), "lengths")
     check_vocabulary(network, chain.from_iterable((*t.prompt_ids, *t.answer_ids) for t in trials))
     config = {

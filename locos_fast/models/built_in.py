@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from locos_fast.prompts.installed_wheels import Wheel
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 SIZES_FILE = "sizes.json"  # written last: what a complete entry holds, in bytes
 SCRATCH_PREFIX = ".writing-"
@@ -119,15 +125,28 @@ def _is_complete(entry: Path) -> bool:
 
 def _move_into_place(scratch: Path, entry: Path) -> None:
     """Another process may have put the same there meanwhile; anything incomplete makes room."""
-    if entry.exists() and not _is_complete(entry):
-        aside = tempfile.mkdtemp(dir=entry.parent, prefix=SCRATCH_PREFIX)
-        os.replace(entry, aside)
-        shutil.rmtree(aside, ignore_errors=True)
-    try:
+    with _alone_in(entry.parent):  # between the look and the move nobody else puts anything there
+        if _is_complete(entry):
+            return
+        if entry.exists():
+            aside = tempfile.mkdtemp(dir=entry.parent, prefix=SCRATCH_PREFIX)
+            os.replace(entry, aside)
+            shutil.rmtree(aside, ignore_errors=True)
         os.replace(scratch, entry)
-    except OSError:
-        if not _is_complete(entry):
-            raise
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Other processes that want the same wait."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _remove_abandoned(folder: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import torch
+
 LONGEST = 400  # characters of another library's message
 
 
@@ -21,6 +23,11 @@ def one_value_error(what: str) -> Iterator[None]:
         raise
     except BaseException as error:
         raise ValueError(f"{what}: {first_line(error)}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory did not suffice; of a CPU's PyTorch has no class to say so, only its allocator's name."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def first_line(error: BaseException) -> str:

@@ -36,7 +36,10 @@ class ModelSource:
     @functools.cached_property
     def place(self) -> str:
         """Folder or hub id; of a built-in model the folder in which it is kept."""
-        return str(built_in_folder(self.model)) if self.model in BUILT_IN else self.model
+        if self.model in BUILT_IN:
+            return str(built_in_folder(self.model))
+        folder = Path(self.model).expanduser()
+        return str(folder) if folder.is_dir() else self.model
 
     def config(self) -> Any:
         """The model's configuration. Raises ValueError in one line if there is none."""
@@ -59,8 +62,9 @@ class ModelSource:
 
     def tokenizer(self) -> Any:
         """The tokenizer. Raises ValueError in one line if it cannot be loaded."""
+        place = self.place
         with one_value_error(f"model: cannot read the tokenizer of {self.model!r}"):
-            code = tokenizer_code(self.place, self.revision)
+            code = tokenizer_code(place, self.revision)
         with one_value_error(f"model: cannot read the tokenizer of {self.model!r}{self._code(code)}"):
             return AutoTokenizer.from_pretrained(self.place, **self._origin)
 
@@ -103,8 +107,9 @@ class ModelSource:
 
     @functools.cached_property
     def _declared(self) -> dict[str, Any]:
+        place = self.place  # out here: what a built-in model lacks is said in its own words
         with one_value_error(f"model: cannot read config.json of {self.model!r}"):
-            return read_declared(self.place, self.revision)
+            return read_declared(place, self.revision)
 
     @property
     def _origin(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer
 
 from locos_fast.models.architecture import UnsupportedModelError
 
+LENGTH_DEPENDENT = ("dynamic", "longrope")  # of transformers' ROPE_INIT_FUNCTIONS
 REPLACED = ("keys", "values")  # by a new tensor, in every update of a DynamicLayer
 
 
@@ -26,7 +27,8 @@ class PrefixCache:
     """The cache of one prompt's beginning: `extend` it, `branch` from it."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Raises UnsupportedModelError for a model whose forward takes no cache."""
+        """Raises UnsupportedModelError for a model that takes no cache, or whose keys depend on what follows them."""
+        check_keys_stay(model)
         self.model = model
         self.cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         self.argument = cache_argument(model)
@@ -75,6 +77,19 @@ def cache_argument(model: PreTrainedModel) -> str:
         if parameter.annotation is Cache or "Cache" in str(parameter.annotation):
             return name
     raise UnsupportedModelError(f"{type(model).__name__} takes no cache: a beginning cannot be shared between prompts")
+
+
+def check_keys_stay(model: PreTrainedModel) -> None:
+    """Raises UnsupportedModelError for rotary embeddings that choose their frequencies by the length of a forward pass:
+    a beginning computed alone has other keys than within the whole prompt."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
+            if kind in LENGTH_DEPENDENT:
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} has rotary embeddings of type {kind!r}, which depend on the length of "
+                    "the prompt: a beginning cannot be shared between prompts"
+                )
 
 
 def _noted(layer: Any) -> dict[str, Any]:

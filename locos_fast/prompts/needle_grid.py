@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Sequence
 from itertools import product
@@ -25,23 +26,44 @@ class Grid(NamedTuple):
 
 
 def needle_trials(
-    composer: Composer, haystack: Haystack, facts: Sequence[Fact], grid: Grid, *, limit: int, name: str
+    composer: Composer,
+    haystack: Haystack,
+    facts: Sequence[Fact],
+    grid: Grid,
+    *,
+    limit: int,
+    name: str,
+    seed: int = 0,
 ) -> list[Trial]:
     """At most `limit` trials, spread evenly over lengths and depths, and over the facts in the order given.
 
-    A cell of the grid asks for a fact once at most. name: of the data set, for the trials' ids.
+    A cell of the grid asks for a fact once at most. name: of the data set, for the trials' ids. seed: of the choice of
+    cells where the limit is no multiple of their number.
     """
     cells = list(product(grid.lengths, grid.depths))
     wanted = min(limit, len(cells) * len(facts))
     each, more = divmod(wanted, len(cells))
+    favoured = set(_stratified(grid, seed)[:more])
     trials, turn = [], 0
-    for number, (length, depth) in enumerate(cells):
-        for _ in range(each + (number < more)):
+    for length, depth in cells:
+        for _ in range(each + ((length, depth) in favoured)):
             fact = facts[turn % len(facts)]
             trial_id = f"{name}/{fact.id}/{length}/{depth:g}"
             trials.append(composer.compose(haystack, [fact], [depth], length=length, trial_id=trial_id))
             turn += 1
     return trials
+
+
+def _stratified(grid: Grid, seed: int) -> list[tuple[int, float]]:
+    """All cells in an order of which every beginning is spread over the grid: in each round every length comes once, at
+    another depth than the lengths around it."""
+    rng = random.Random(seed)
+    depths = rng.sample(grid.depths, len(grid.depths))
+    return [
+        (length, depths[(turn + number) % len(depths)])
+        for turn in range(len(depths))
+        for number, length in rng.sample(list(enumerate(grid.lengths)), len(grid.lengths))
+    ]
 
 
 def packed_trials(

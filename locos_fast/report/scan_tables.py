@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from locos_fast.scans.statistics import active_share
+from locos_fast.scoring.directions import unit_of
 from locos_fast.scoring.head_scores import HeadScores, head_name
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def scan_table(scores: HeadScores, k: int) -> Table:
     """The k best heads: mean score over the trials that count, its interval, in how many trials it is active (has a
     tenth of the trial's largest score), and the other detectors."""
     assert scores.ci_low is not None and scores.ci_high is not None and scores.per_trial is not None
-    unit = "logits" if scores.meta["norm"] == "frozen" else "logits before the final norm"
+    unit = unit_of(scores.meta["norm"])
     table = Table(title=f"Top {k} heads by LOCOS score over {len(scores.per_trial)} trials ({unit})")
     active = active_share(scores.per_trial)
     for column in ("head", "S", "95 % interval", "active in", "DLA", "attention-spatial", "Wu"):

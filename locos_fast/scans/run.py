@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from locos_fast.models.architecture import UnsupportedModelError
 from locos_fast.models.attention_registry import RecordingError
 from locos_fast.models.description import describe_model
+from locos_fast.models.foreign_errors import is_out_of_memory
 from locos_fast.models.prefix_cache import PrefixCache
 from locos_fast.models.token_chunks import TOKENS_PER_CHUNK
 from locos_fast.prompts.prefix_tree import PrefixNode
@@ -30,7 +31,6 @@ from locos_fast.scoring.shared_prefixes import behind_shared_prefixes, trial_tre
 
 FLUSH_TRIALS, FLUSH_SECONDS = 16, 5.0  # what a killed process may lose
 SMALL_TOKEN_CHUNK = 512  # of the second attempt, when memory did not suffice
-MISSING_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
 class Progress(NamedTuple):
@@ -160,24 +160,24 @@ def _walk(
         for number, prefix in behind_shared_prefixes(model, trials, tree, token_chunk=token_chunk, skip=skip):
             handed.add(number)
             yield number, prefix
-    except MISSING_MEMORY:
-        _free_memory()
-        yield from ((number, None) for number in tree.sequences() if number not in handed)
+        return
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    _free_memory()  # out here, where the error no longer holds the cache
+    yield from ((number, None) for number in tree.sequences() if number not in handed)
 
 
 def _attempt(
     model: PreTrainedModel, trial: Trial, norm: Norm, gate: bool, prefix: PrefixCache | None, token_chunk: int | None
 ) -> Outcome:
     """One trial: as it is, and where memory does not suffice once more in a smaller way."""
-    try:
-        return _outcome(_score(model, trial, norm, prefix, token_chunk), gate)
-    except MISSING_MEMORY:
+    found = _score(model, trial, norm, prefix, token_chunk)
+    if isinstance(found, Exception) and is_out_of_memory(found):
+        del found
         _free_memory()
-    try:
-        return _outcome(_score(model, trial, norm, None, SMALL_TOKEN_CHUNK), gate)
-    except MISSING_MEMORY as error:
-        _free_memory()
-        return _failure("out-of-memory", error)
+        found = _score(model, trial, norm, None, SMALL_TOKEN_CHUNK)
+    return _outcome(found, gate)
 
 
 def _score(
@@ -192,15 +192,15 @@ def _score(
         if norm == "frozen" and verdict_of(scores.meta["completeness"], model.dtype) == "wrong":
             raise ValueError(f"completeness: {doubt(scores.meta['completeness'], model.dtype)}")
         return scores
-    except (*MISSING_MEMORY, UnsupportedModelError, RecordingError):
+    except (UnsupportedModelError, RecordingError):
         raise
-    except (ValueError, RuntimeError, ArithmeticError, IndexError) as error:
-        return error
+    except (ValueError, RuntimeError, ArithmeticError, IndexError, MemoryError) as error:
+        return error.with_traceback(None)  # whose frames would hold what did not fit
 
 
 def _outcome(scores: HeadScores | Exception, gate: bool) -> Outcome:
     if isinstance(scores, Exception):
-        return _failure("failed", scores)
+        return _failure("out-of-memory" if is_out_of_memory(scores) else "failed", scores)
     predicted, answer = scores.meta["predicted_ids"], scores.meta["answer_ids"]
     line = {"predicted_ids": predicted, "answer_ids": answer, "prefix_tokens": scores.meta["prefix_tokens"]}
     if gate and predicted != answer:

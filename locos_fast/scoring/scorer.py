@@ -64,7 +64,8 @@ class LocosScorer:
 
         A shared beginning is kept as a KV cache, from which each trial continues and which is then put back: exact for
         causal models, up to rounding. It takes the memory of that cache on top of a single trial's. `meta` says how
-        many tokens were shared (`prefix_tokens`), 0 where the model takes no cache.
+        many tokens were shared (`prefix_tokens`), 0 where the model takes no cache or its keys depend on the length
+        of the prompt.
         done: called with a trial's place in `trials` and its scores as soon as they are there.
         """
         results: dict[int, HeadScores] = {}

@@ -30,6 +30,15 @@ def test_a_limit_takes_evenly_from_all_lengths_depths_and_facts() -> None:
     assert len({t.id for t in found}) == 12
 
 
+def test_a_limit_below_the_number_of_cells_still_reaches_every_length_and_depth() -> None:
+    for limit in (4, 5, 10, 15):
+        found = trials(limit, Grid([60, 75, 90, 105], [0.0, 25.0, 50.0, 75.0]))
+        lengths, depths = Counter(t.requested_length for t in found), Counter(t.requested_depth for t in found)
+        assert len(found) == limit
+        assert len(lengths) == len(depths) == 4
+        assert max(lengths.values()) - min(lengths.values()) <= 1
+
+
 def test_without_a_limit_every_cell_asks_for_every_fact_once() -> None:
     found = trials(1000, Grid([60, 90], [0.0, 100.0]))
     assert len(found) == len({(t.requested_length, t.requested_depth, t.answer) for t in found}) == 12

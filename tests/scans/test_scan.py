@@ -11,6 +11,7 @@ import torch
 from safetensors.numpy import load_file
 
 from locos_fast import HeadScores, LocosScorer, planted
+from locos_fast.prompts.trials import Trial
 from locos_fast.scans import run
 from locos_fast.scans.manifest import Manifest, Shard
 from locos_fast.scans.merge import merge
@@ -163,24 +164,23 @@ def test_a_scan_of_another_schema_is_refused(model, trials, tmp_path: Path) -> N
         scan(model.model, model.tokenizer, trials, tmp_path, resume=True)
 
 
-def lacking_memory(monkeypatch: pytest.MonkeyPatch, which: str, *, times: int) -> list[int | None]:
-    """Scoring the trial whose needle is `which` runs out of memory that many times; returns the chunks it was tried
-    with."""
-    real, chunks = run._score, []
+def lacking_memory(monkeypatch: pytest.MonkeyPatch, which: Trial, *, times: int) -> list[int | None]:
+    """Scoring the trial `which` runs out of memory that many times; returns the chunks it was tried with."""
+    real, chunks = run.score_tokens, []
 
-    def score(model, trial, norm, prefix, token_chunk):
-        if trial.needle == which:
-            chunks.append(token_chunk)
+    def score(model, input_ids, needle_span, answer_positions, **options):
+        if torch.equal(input_ids, which.input_ids):
+            chunks.append(options["token_chunk"])
             if len(chunks) <= times:
-                raise torch.OutOfMemoryError("not enough")
-        return real(model, trial, norm, prefix, token_chunk)
+                torch.empty(2**60, dtype=torch.uint8)  # more than any machine has
+        return real(model, input_ids, needle_span, answer_positions, **options)
 
-    monkeypatch.setattr(run, "_score", score)
+    monkeypatch.setattr(run, "score_tokens", score)
     return chunks
 
 
 def test_a_trial_that_lacks_memory_is_tried_in_a_smaller_way(model, trials, tmp_path, monkeypatch) -> None:
-    chunks = lacking_memory(monkeypatch, trials[2].needle, times=1)
+    chunks = lacking_memory(monkeypatch, trials[2], times=1)
     assert scan(model.model, model.tokenizer, trials, tmp_path).statuses == {"scored": 8}
     assert chunks[1] == run.SMALL_TOKEN_CHUNK < chunks[0]
 
@@ -189,7 +189,7 @@ def test_a_trial_that_still_lacks_memory_is_recorded_and_tried_again_on_resume(
     model, trials, tmp_path, monkeypatch
 ) -> None:
     with monkeypatch.context() as patch:
-        lacking_memory(patch, trials[2].needle, times=2)
+        lacking_memory(patch, trials[2], times=2)
         assert scan(model.model, model.tokenizer, trials, tmp_path).statuses == {"scored": 7, "out-of-memory": 1}
     assert scan(model.model, model.tokenizer, trials, tmp_path, resume=True).statuses == {"scored": 8}
 

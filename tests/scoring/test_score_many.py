@@ -6,8 +6,10 @@ import torch
 
 from locos_fast import HeadScores, LocosScorer, Trial, score_tokens
 from locos_fast.models.architecture import UnsupportedModelError
+from locos_fast.models.prefix_cache import PrefixCache
 from locos_fast.scoring import shared_prefixes
 from locos_fast.scoring.shared_prefixes import behind_shared_prefixes, trial_tree
+from tests.oracles import tiny_models
 from tests.oracles.architecture_models import build
 from tests.oracles.scores import assert_same
 from tests.oracles.threads import one_thread
@@ -104,3 +106,17 @@ def test_what_is_done_is_skipped_and_the_rest_keeps_its_bits() -> None:
     everything, rest = scored(set()), scored({0, 2, 3})
     assert sorted(rest) == [1, 4, 5]
     assert all(np.array_equal(rest[i].score, everything[i].score, equal_nan=True) for i in rest)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_embeddings_that_depend_on_the_length_share_nothing(kind: str) -> None:
+    """Their keys in a beginning computed alone are others than within the whole prompt."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [3.0] * 8} if kind == "longrope" else {}
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 48, **factors}
+    model = tiny_models.build("llama", max_position_embeddings=192, rope_parameters=rope)
+    scorer, trials = LocosScorer(model, Names()), grid()
+    with pytest.raises(UnsupportedModelError, match=f"rotary embeddings of type '{kind}'"):
+        PrefixCache(model)
+    for scores, trial in zip(scorer.score_many(trials), trials, strict=True):
+        assert scores.meta["prefix_tokens"] == 0
+        assert_same(scores, scorer.score(trial))
