@@ -49,7 +49,9 @@ def needle_trials(
         for _ in range(each + ((length, depth) in favoured)):
             fact = facts[turn % len(facts)]
             trial_id = f"{name}/{fact.id}/{length}/{depth:g}"
-            trials.append(composer.compose(haystack, [fact], [depth], length=length, trial_id=trial_id))
+            trials.append(
+                composer.compose(haystack, [fact], [depth], length=length, foil=foil_of(fact, facts), trial_id=trial_id)
+            )
             turn += 1
     return trials
 
@@ -90,8 +92,26 @@ def packed_trials(
         hidden = _together([*facts[first:], *facts[:first]], per_context)
         for asked, fact in enumerate(hidden):
             trial_id = f"{name}/{fact.id}/{length}/{depths[asked]:g}/packed"
-            trials.append(composer.compose(haystack, hidden, depths, length=length, asked=asked, trial_id=trial_id))
+            trials.append(
+                composer.compose(
+                    haystack,
+                    hidden,
+                    depths,
+                    length=length,
+                    asked=asked,
+                    foil=foil_of(fact, [*hidden, *facts]),
+                    trial_id=trial_id,
+                )
+            )
     return trials
+
+
+def foil_of(fact: Fact, others: Sequence[Fact]) -> str | None:
+    """A wrong answer of the same type: that of the first fact behind this one, and then from the beginning on, that is
+    of its group and has another answer."""
+    place = next((i for i, other in enumerate(others) if other.id == fact.id), 0)
+    turned = [*others[place + 1 :], *others[:place]]
+    return next((o.answer for o in turned if o.group == fact.group and o.answer != fact.answer), None)
 
 
 def _together(facts: Sequence[Fact], count: int) -> list[Fact]:

@@ -8,6 +8,7 @@ contexts that begin alike begin with the same ids.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -103,18 +104,19 @@ class Composer:
         *,
         length: int,
         asked: int = 0,
+        foil: str | None = None,
         trial_id: str,
     ) -> Trial:
         """A trial of at most `length` tokens, and as many as the question leaves, that asks for `facts[asked]`.
 
         Every fact's needle is hidden at the sentence boundary nearest to its depth, in percent of the context; where
-        two meet, the first stands first.
+        two meet, the first stands first. foil: a wrong answer of the same type.
         Raises ValueError if the haystack is too short or the needles and the question alone are longer than `length`.
         """
         fact = facts[asked]
         needles = [self._ids(f" {hidden.needle}", behind=IN_FRONT) for hidden in facts]
         closing_text = self._closing(fact)
-        closing = self._ids(closing_text, behind=IN_FRONT)
+        closing, question, lead_tokens = self._closing_ids(fact)
         budget = length - len(self.opening) - len(closing) - sum(map(len, needles))
         if budget < 1:
             raise ValueError(
@@ -132,12 +134,13 @@ class Composer:
             spans[i] = (len(prompt), len(prompt) + len(needles[i]))
             prompt += needles[i]
             done = places[i]
-        prompt += [*haystack.ids[done:budget], *closing]
-        space = "" if closing_text[-1:].isspace() else " "
+        prompt += haystack.ids[done:budget]
+        question_span = (len(prompt) + question[0], len(prompt) + question[1])
+        prompt += closing
         return Trial(
             prompt_ids=prompt,
             needle_span=spans[asked],
-            answer_ids=self._ids(space + fact.answer, behind=closing_text[-CHARACTERS_IN_FRONT:]),
+            answer_ids=self._answer(fact.answer, closing_text),
             question=fact.question,
             needle=fact.needle,
             answer=fact.answer,
@@ -146,12 +149,33 @@ class Composer:
             id=trial_id,
             requested_depth=depths[asked],
             requested_length=length,
+            question_span=question_span,
+            lead_tokens=lead_tokens,
+            foil=foil,
+            foil_ids=None if foil is None else self._answer(foil, closing_text),
         )
 
     def _closing(self, fact: Fact) -> str:
         """What follows the context. Without a chat template the reply begins on a line of its own."""
         newline = "\n" if fact.lead and not self.after else ""
         return f"\n\n{fact.question}{self.after}{newline}{fact.lead}"
+
+    def _closing_ids(self, fact: Fact) -> tuple[list[int], tuple[int, int], int]:
+        """Token ids of what follows the context, the span of the question's in them, and how many belong to the reply."""
+        text = IN_FRONT + self._closing(fact)
+        tokens = tokenise(self.tokenizer, text)
+        kept = [(token, end) for token, (_, end) in zip(tokens.ids, tokens.offsets, strict=True) if end > len(IN_FRONT)]
+        first = text.index(fact.question, len(IN_FRONT))
+        ends = [end for _, end in kept]
+        start = bisect_right(ends, first)
+        stop = bisect_left(ends, first + len(fact.question)) + 1
+        lead = len(ends) - bisect_right(ends, len(text) - len(fact.lead)) if fact.lead else 0
+        return [token for token, _ in kept], (start, min(stop, len(ends))), lead
+
+    def _answer(self, answer: str, closing: str) -> list[int]:
+        """Token ids of an answer behind the end of the prompt."""
+        space = "" if closing[-1:].isspace() else " "
+        return self._ids(space + answer, behind=closing[-CHARACTERS_IN_FRONT:])
 
     def _opening(self) -> list[int]:
         """What precedes the context, with exactly one BOS if the tokenizer puts one."""

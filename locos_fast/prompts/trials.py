@@ -21,6 +21,9 @@ class Trial:
     requested_depth  the depth that was asked for, where the needle was put at a sentence boundary near it
     requested_length the tokens that were asked for, where the prompt was cut to at most that many
     context_sha256   hex digest of the context's text as it was given, in UTF-8, where there is one
+    question_span    (start, end), half-open, in prompt_ids, where the question's tokens are known
+    lead_tokens      how many of the prompt's last tokens already belong to the reply
+    foil, foil_ids   a wrong answer of the same type, and its token ids as it would follow the prompt, where there is one
 
     Raises ValueError, naming the field, for an empty answer, a span outside the prompt, a depth outside 0..100, or a
     length that is not the prompt's.
@@ -38,6 +41,10 @@ class Trial:
     requested_depth: float | None = None
     requested_length: int | None = None
     context_sha256: str | None = None
+    question_span: tuple[int, int] | None = None
+    lead_tokens: int = 0
+    foil: str | None = None
+    foil_ids: list[int] | None = None
 
     def __post_init__(self) -> None:
         start, end = self.needle_span
@@ -48,6 +55,12 @@ class Trial:
                 f"needle_span: expected 0 <= start < end <= {len(self.prompt_ids)} (tokens of prompt_ids), "
                 f"got ({start}, {end})"
             )
+        if self.question_span is not None and not 0 <= self.question_span[0] < self.question_span[1] <= len(
+            self.prompt_ids
+        ):
+            raise ValueError(f"question_span: expected a span inside the prompt's tokens, got {self.question_span}")
+        if not 0 <= self.lead_tokens < len(self.prompt_ids):
+            raise ValueError(f"lead_tokens: expected fewer than the prompt's tokens, got {self.lead_tokens}")
         if not 0 <= self.depth <= 100:
             raise ValueError(f"depth: expected a percentage in 0..100, got {self.depth}")
         if self.length != len(self.prompt_ids):

@@ -20,6 +20,9 @@ def trial_key(trial: Trial, config: dict[str, Any]) -> str:
         "prompt_ids": trial.prompt_ids,
         "needle_span": list(trial.needle_span),
         "answer_ids": trial.answer_ids,
+        "question_span": trial.question_span and list(trial.question_span),
+        "lead_tokens": trial.lead_tokens,
+        "foil_ids": trial.foil_ids,
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 

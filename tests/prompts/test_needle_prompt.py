@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from locos_fast.models.loading import ModelSource
 from locos_fast.prompts.haystacks import essays
+from locos_fast.prompts.needle_grid import foil_of
 from locos_fast.prompts.needle_prompt import Composer, Fact, Haystack
 
 FACT = Fact("laura", "The magic number for Laura is 48213.", "What is the number for Laura?", "48213", "The number is")
@@ -177,3 +178,18 @@ def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="chat template"):
         Composer(tokenizer, chat_template=True)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_question_and_lead_are_known_in_tokens(tokenizer, chat):
+    trial, _ = compose(tokenizer, chat=chat)
+    question = tokenizer.decode(trial.prompt_ids[slice(*trial.question_span)])
+    reply = tokenizer.decode(trial.prompt_ids[len(trial.prompt_ids) - trial.lead_tokens :])
+    assert squeezed(question) == squeezed(FACT.question)
+    assert squeezed(reply) == squeezed(FACT.lead)
+
+
+def test_a_foil_is_the_answer_of_another_fact_of_the_group():
+    facts = [FACT._replace(id=str(i), answer=answer) for i, answer in enumerate(["1", "1", "2"])]
+    other_kind = FACT._replace(id="3", answer="Rome", group="city")
+    assert [foil_of(fact, [*facts, other_kind]) for fact in (*facts, other_kind)] == ["2", "2", "1", None]
