@@ -161,7 +161,7 @@ class Composer:
         return f"\n\n{fact.question}{self.after}{newline}{fact.lead}"
 
     def _closing_ids(self, fact: Fact) -> tuple[list[int], tuple[int, int], int]:
-        """Token ids of what follows the context, the span of the question's in them, and how many belong to the reply."""
+        """Token ids of what follows the context, the span of the question in them, and how many begin the reply."""
         text = IN_FRONT + self._closing(fact)
         tokens = tokenise(self.tokenizer, text)
         kept = [(token, end) for token, (_, end) in zip(tokens.ids, tokens.offsets, strict=True) if end > len(IN_FRONT)]

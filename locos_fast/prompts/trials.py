@@ -23,7 +23,7 @@ class Trial:
     context_sha256   hex digest of the context's text as it was given, in UTF-8, where there is one
     question_span    (start, end), half-open, in prompt_ids, where the question's tokens are known
     lead_tokens      how many of the prompt's last tokens already belong to the reply
-    foil, foil_ids   a wrong answer of the same type, and its token ids as it would follow the prompt, where there is one
+    foil, foil_ids   a wrong answer of the same type and its token ids behind the prompt, where there is one
 
     Raises ValueError, naming the field, for an empty answer, a span outside the prompt, a depth outside 0..100, or a
     length that is not the prompt's.
