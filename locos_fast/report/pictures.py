@@ -11,8 +11,9 @@ import numpy as np
 
 from locos_fast.demo.known_heads import DECOYS, DETECTORS, KINDS, DemoResult
 from locos_fast.report.display import shown
+from locos_fast.scoring.detectors import LABELS
 from locos_fast.scoring.directions import unit_of
-from locos_fast.scoring.head_scores import DETECTOR_NAMES, Head, HeadScores
+from locos_fast.scoring.head_scores import Head, HeadScores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +53,7 @@ def save_demo_picture(result: DemoResult, path: Path) -> None:
         decoys = {f"{role.replace('_', '-')} decoy": result.planted.heads[role] for role in DECOYS}
         found = {"planted": result.planted_heads(kind), **decoys}
         for axes, detector in zip(row, DETECTORS, strict=True):
-            title = f"{DETECTOR_NAMES[detector]}, {kind.replace('_', '-')}"
+            title = f"{LABELS[detector]}, {kind.replace('_', '-')}"
             draw_heads(axes, result.scores[kind], detector, title, found)
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(MARKS))

@@ -11,8 +11,9 @@ from rich.table import Table
 
 from locos_fast.demo.known_heads import CHANCE, DECOYS, DETECTORS, KINDS, DemoResult
 from locos_fast.report.display import shown
+from locos_fast.scoring.detectors import LABELS
 from locos_fast.scoring.directions import unit_of
-from locos_fast.scoring.head_scores import DETECTOR_NAMES, HeadScores, head_name
+from locos_fast.scoring.head_scores import HeadScores, head_name
 
 if TYPE_CHECKING:
     from locos_fast.scoring.diagnosis import Diagnosis
@@ -47,7 +48,7 @@ def detector_table(result: DemoResult) -> Table:
     for kind in KINDS:
         table.add_column(f"{kind.replace('_', '-')} questions")
     for detector in DETECTORS:
-        table.add_row(DETECTOR_NAMES[detector], *(_finding(result, detector, kind) for kind in KINDS))
+        table.add_row(LABELS[detector], *(_finding(result, detector, kind) for kind in KINDS))
     return table
 
 

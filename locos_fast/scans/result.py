@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from locos_fast.scans.statistics import agreement, bootstrap
+from locos_fast.scans.statistics import agreement, bootstrap, shared_with
 from locos_fast.scans.store import ScanFolder
-from locos_fast.scoring.head_scores import ARRAYS, HeadScores, nan_mean
+from locos_fast.scoring.detectors import in_order
+from locos_fast.scoring.head_scores import HeadScores, nan_mean
 
 SHOWN_MISSES = 3
 
@@ -52,7 +53,9 @@ def conclude(folder: ScanFolder) -> Scan:
         raise ValueError(_why_nothing(entries, lines, statuses))
     stacks = {name: stack.astype(np.float64) for name, stack in folder.read_arrays([e["key"] for e in scored]).items()}
     interval, found = bootstrap(stacks["score"]), agreement(stacks["score"])
-    statistics = {name: value if _finite(value) else None for name, value in found._asdict().items()}
+    statistics: dict[str, Any] = {name: value if _finite(value) else None for name, value in found._asdict().items()}
+    means = {name: nan_mean(stacks[name]) for name in in_order(stacks)}
+    statistics["shared_with_locos"] = shared_with(means, "score", found.top_k)
     meta = {
         **manifest["config"],
         "trials": {"planned": len(entries), **statuses},
@@ -61,8 +64,8 @@ def conclude(folder: ScanFolder) -> Scan:
         "statistics": statistics,
         "per_trial_ids": [entry["id"] for entry in scored],
     }
-    scores = HeadScores(
-        **{name: nan_mean(stacks[name]) for name in ARRAYS},
+    scores = HeadScores.of(
+        means,
         meta=meta,
         per_trial=stacks["score"],
         ci_low=interval.low,

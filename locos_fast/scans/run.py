@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,7 +25,8 @@ from locos_fast.scans.result import Scan, conclude
 from locos_fast.scans.store import DONE, Arrays, ScanFolder, Status
 from locos_fast.scoring.diagnosis import doubt, verdict_of
 from locos_fast.scoring.directions import Norm, check_norm
-from locos_fast.scoring.head_scores import ARRAYS, HeadScores
+from locos_fast.scoring.head_scores import HeadScores
+from locos_fast.scoring.prompt_parts import PromptParts
 from locos_fast.scoring.score import score_tokens
 from locos_fast.scoring.scorer import Tokenizer
 from locos_fast.scoring.shared_prefixes import behind_shared_prefixes, trial_tree
@@ -87,7 +89,7 @@ def scan(
     with folder.locked():
         if repaired := folder.begin(manifest.as_dict(), resume=resume):
             notice(repaired)
-        tree = trial_tree(trials)
+        tree = trial_tree(trials, "all")
         mine = (shard or Shard(0, 1)).slice_of(list(tree.sequences()))
         writer = Writer(folder, manifest, mine, progress)
         try:
@@ -187,15 +189,32 @@ def _score(
     ids = trial.input_ids.to(model.get_input_embeddings().weight.device)
     try:
         scores = score_tokens(
-            model, ids, trial.needle_span, trial.answer_positions, norm=norm, prefix=prefix, token_chunk=token_chunk
+            model,
+            ids,
+            trial.needle_span,
+            trial.answer_positions,
+            norm=norm,
+            prefix=prefix,
+            token_chunk=token_chunk,
+            parts=PromptParts.of(trial),
         )
         if norm == "frozen" and verdict_of(scores.meta["completeness"], model.dtype) == "wrong":
             raise ValueError(f"completeness: {doubt(scores.meta['completeness'], model.dtype)}")
-        return scores
+        return _without_doubtful(scores, model.dtype)
     except (UnsupportedModelError, RecordingError):
         raise
     except (ValueError, RuntimeError, ArithmeticError, IndexError, MemoryError) as error:
         return error.with_traceback(None)  # whose frames would hold what did not fit
+
+
+def _without_doubtful(scores: HeadScores, dtype: torch.dtype) -> HeadScores:
+    """Without the scores in logits that come along if they do not add up to the model's logit."""
+    completeness = scores.meta.get("frozen_completeness")
+    if completeness is None or verdict_of(completeness, dtype) != "wrong":
+        return scores
+    kept = {name: array for name, array in scores.others.items() if "frozen" not in name}
+    doubtful = {"frozen_unavailable": doubt(completeness, dtype)}
+    return dataclasses.replace(scores, others=kept, meta=scores.meta | doubtful)
 
 
 def _outcome(scores: HeadScores | Exception, gate: bool) -> Outcome:
@@ -203,9 +222,11 @@ def _outcome(scores: HeadScores | Exception, gate: bool) -> Outcome:
         return _failure("out-of-memory" if is_out_of_memory(scores) else "failed", scores)
     predicted, answer = scores.meta["predicted_ids"], scores.meta["answer_ids"]
     line = {"predicted_ids": predicted, "answer_ids": answer, "prefix_tokens": scores.meta["prefix_tokens"]}
+    if reason := scores.meta.get("frozen_unavailable"):
+        line["frozen_unavailable"] = reason
     if gate and predicted != answer:
         return Outcome("gated", line, {})
-    return Outcome("scored", line, {name: np.asarray(getattr(scores, name), dtype=np.float32) for name in ARRAYS})
+    return Outcome("scored", line, {name: scores.array(name).astype(np.float32) for name in scores.names})
 
 
 def _failure(status: Status, error: Exception) -> Outcome:

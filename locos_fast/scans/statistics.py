@@ -6,6 +6,7 @@ answer than one uninterrupted run. Arrays are (trials, layers, heads); NaN means
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -112,6 +113,19 @@ def churn(scores: Array, top_k: int) -> float:
     size = chosen.sum(1)
     jaccard = shared / np.maximum(size[:, None] + size[None, :] - shared, 1)
     return float(1 - jaccard[np.triu_indices(trials, 1)].mean())
+
+
+def shared_with(means: Mapping[str, Array], reference: str, top_k: int) -> dict[str, int]:
+    """Of the `top_k` best heads by each other array, how many are among the best by `reference`."""
+    best = {name: set(_best(mean, top_k)) for name, mean in means.items()}
+    return {name: len(heads & best[reference]) for name, heads in best.items() if name != reference}
+
+
+def _best(mean: Array, top_k: int) -> list[int]:
+    """Places of the best heads, of those that have a value; none by an array that is zero throughout."""
+    flat = np.where(np.isnan(mean), -np.inf, mean).ravel()
+    order = np.argsort(-flat, kind="stable")[:top_k]
+    return [int(place) for place in order if np.isfinite(flat[place])] if np.any(flat[np.isfinite(flat)]) else []
 
 
 def active_share(scores: Array, share: float = ACTIVE_SHARE) -> Array:

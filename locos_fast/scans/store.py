@@ -138,18 +138,20 @@ class ScanFolder:
         return found
 
     def read_arrays(self, keys: list[str]) -> dict[str, NDArray[np.float32]]:
-        """Name -> (trials, layers, heads) of the trials with these keys, in their order."""
+        """Name -> (trials, layers, heads) of the trials with these keys, in their order; NaN for a trial of which a
+        detector says nothing."""
         lines = self.lines()
-        stacks: dict[str, list[NDArray]] = {}
+        found: list[dict[str, NDArray]] = []
         with contextlib.ExitStack() as files:
             opened: dict[str, Any] = {}
             for key in keys:
                 name = lines[key]["arrays"]
                 if name not in opened:
                     opened[name] = files.enter_context(safe_open(self.arrays / name, "np"))
-                for array in lines[key]["names"]:
-                    stacks.setdefault(array, []).append(opened[name].get_tensor(f"{key}/{array}"))
-        return {name: np.stack(stack) for name, stack in stacks.items()}
+                found.append({array: opened[name].get_tensor(f"{key}/{array}") for array in lines[key]["names"]})
+        names = list(dict.fromkeys(name for arrays in found for name in arrays))
+        nothing = np.full_like(next(iter(found[0].values())), np.nan) if found and names else None
+        return {name: np.stack([arrays.get(name, nothing) for arrays in found]) for name in names}
 
 
 def _where(arrays: Arrays | None, file: Path) -> dict[str, Any]:

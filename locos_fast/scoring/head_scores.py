@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ FILES = ("scores.safetensors", "config.json")
 SCORES = ResultKind("scores", "schema_version", 1, FILES, "heads.png", "a score folder")
 ARRAYS = ("score", "l_plus", "l_minus", "dla", "attention_spatial", "wu")
 OF_SEVERAL_TRIALS = ("per_trial", "ci_low", "ci_high")  # None where there is no mean over trials
-DETECTOR_NAMES = {"score": "LOCOS", "dla": "DLA", "attention_spatial": "attention-spatial", "wu": "Wu copy score"}
+RESERVED = frozenset((*ARRAYS, *OF_SEVERAL_TRIALS, "meta", "others"))
 
 Array = NDArray[np.float64]
 Head = tuple[int, int]  # (layer, head), both 0-based
@@ -43,6 +43,7 @@ class HeadScores:
     wu                 copy score: 1 / needle tokens for each answer token whose most attended key is in the needle and
                        is that token
     meta               model, tokens, spans, versions: whatever describes how the scores came about (JSON)
+    others             what further detectors say, by name: (layers, heads) each, see `scoring.detectors.DETECTORS`
     per_trial          (trials, layers, heads) `score` of each trial, for a mean over trials
     ci_low, ci_high    (layers, heads) the interval of `score` over trials, where it was computed
 
@@ -61,6 +62,7 @@ class HeadScores:
     per_trial: Array | None = None
     ci_low: Array | None = None
     ci_high: Array | None = None
+    others: dict[str, Array] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = np.shape(self.score)
@@ -72,6 +74,19 @@ class HeadScores:
         for name in ("ci_low", "ci_high"):
             if getattr(self, name) is not None:
                 _check_array(name, getattr(self, name), shape)
+        for name, array in self.others.items():
+            if name in RESERVED or not name.isidentifier():
+                raise ValueError(f"others: expected names of further detectors, got {name!r}")
+            _check_array(name, array, shape)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all arrays that hold one value a head."""
+        return [*ARRAYS, *self.others]
+
+    def array(self, name: str) -> Array:
+        """(layers, heads) of one detector. Raises ValueError for a name that is not among `names`."""
+        return self._array(name, "name")
 
     def top(self, k: int, *, by: str = "score") -> list[Head]:
         """The k heads with the largest values of array `by`, largest first; NaN heads are left out.
@@ -79,7 +94,7 @@ class HeadScores:
         Raises ValueError for a k that is no number of heads.
         """
         k = check_count("k", k)
-        values = self._array(by)
+        values = self._array(by, "by")
         order = np.argsort(-values, axis=None, kind="stable")  # NaN sorts last
         heads = [divmod(int(i), values.shape[1]) for i in order if not np.isnan(values.flat[i])]
         return heads[:k]
@@ -92,7 +107,7 @@ class HeadScores:
         """
         if isinstance(share, bool) or not isinstance(share, Real) or not 0 < share <= 1:
             raise ValueError(f"share: expected a share of the largest value, above 0 and at most 1, got {share!r}")
-        values = self._array(by)
+        values = self._array(by, "by")
         largest = np.nanmax(values, initial=-np.inf)
         if not largest > 0:
             return []
@@ -112,8 +127,21 @@ class HeadScores:
                 raise ValueError(f"scores: expected HeadScores, got {type(trial).__name__}")
         if len(shapes := {trial.score.shape for trial in trials}) > 1:
             raise ValueError(f"scores: expected (layers, heads) of one model, got {sorted(shapes)}")
-        stacks = {name: np.stack([getattr(trial, name) for trial in trials]) for name in ARRAYS}
-        return cls(**{n: nan_mean(x) for n, x in stacks.items()}, meta=meta or {}, per_trial=stacks["score"])
+        names = [name for name in trials[0].names if all(name in trial.names for trial in trials)]
+        stacks = {name: np.stack([trial.array(name) for trial in trials]) for name in names}
+        return cls.of({n: nan_mean(x) for n, x in stacks.items()}, meta=meta or {}, per_trial=stacks["score"])
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, Array], **fields: Any) -> HeadScores:
+        """Scores of arrays by name, those of the six published ones and others; `fields` are the further fields.
+
+        Raises ValueError for one of the six that is missing, and as `HeadScores` does.
+        """
+        if missing := [name for name in ARRAYS if name not in arrays]:
+            raise ValueError(f"its scores have no {', '.join(missing)}")
+        others = {name: array for name, array in arrays.items() if name not in ARRAYS}
+        published: dict[str, Any] = {name: arrays[name] for name in ARRAYS}
+        return cls(**published, others=others, **fields)
 
     def save_pretrained(self, directory: str | os.PathLike, *, overwrite: bool = False) -> None:
         """Write config.json and scores.safetensors; both are complete, or the folder has no config.json.
@@ -122,7 +150,7 @@ class HeadScores:
         """
         target = Path(directory)
         SCORES.check(target, overwrite=overwrite)
-        arrays = {name: np.asarray(getattr(self, name), dtype=np.float32) for name in ARRAYS}
+        arrays = {name: np.asarray(self.array(name), dtype=np.float32) for name in self.names}
         given = {name: getattr(self, name) for name in OF_SEVERAL_TRIALS}
         arrays |= {name: np.asarray(x, dtype=np.float32) for name, x in given.items() if x is not None}
         SCORES.write(target, {FILES[0]: tensor_bytes(arrays)}, self.meta)
@@ -134,20 +162,18 @@ class HeadScores:
         meta, content = SCORES.read(source)
         try:
             arrays = read_tensors(content[FILES[0]])
-            if missing := [name for name in ARRAYS if name not in arrays]:
-                raise ValueError(f"its scores have no {', '.join(missing)}")
             for name, array in arrays.items():
                 _check_array(name, array, array.shape)
             arrays = {name: array.astype(np.float64) for name, array in arrays.items()}
-            known = [name for name in (*ARRAYS, *OF_SEVERAL_TRIALS) if name in arrays]
-            return cls(**{name: arrays[name] for name in known}, meta=meta)
+            several = {name: arrays.pop(name) for name in OF_SEVERAL_TRIALS if name in arrays}
+            return cls.of(arrays, meta=meta, **several)
         except ValueError as error:
             raise ValueError(f"{source} is not {SCORES.folder}: {error}") from error
 
-    def _array(self, name: str) -> Array:
-        if name not in ARRAYS:
-            raise ValueError(f"by: expected one of {', '.join(ARRAYS)}, got {name!r}")
-        return getattr(self, name)
+    def _array(self, name: str, argument: str) -> Array:
+        if name not in self.names:
+            raise ValueError(f"{argument}: expected one of {', '.join(self.names)}, got {name!r}")
+        return getattr(self, name) if name in ARRAYS else self.others[name]
 
 
 def check_count(argument: str, count: int) -> int:

@@ -65,6 +65,14 @@ class Recording(Mapping[int, LayerRecord]):
     def __len__(self) -> int:
         return len(self._records)
 
+    def at(self, rows: slice | list[int]) -> Recording:
+        """The same recording with some of its rows only."""
+        chosen = Recording()
+        for layer, kept in self._records.items():
+            fields = zip(kept, ROW_AXIS.values(), strict=True)
+            chosen._records[layer] = LayerRecord(*(part[(slice(None),) * axis + (rows,)] for part, axis in fields))
+        return chosen
+
 
 @contextlib.contextmanager
 def record(

@@ -14,6 +14,7 @@ from locos_fast.ops.backends import BackendName
 from locos_fast.prompts.trials import Trial
 from locos_fast.scoring.directions import Norm
 from locos_fast.scoring.head_scores import HeadScores
+from locos_fast.scoring.prompt_parts import Detectors, PromptParts
 from locos_fast.scoring.score import score_tokens
 from locos_fast.scoring.shared_prefixes import behind_shared_prefixes, trial_tree
 
@@ -41,13 +42,15 @@ class LocosScorer:
         backend: BackendName | None = None,
         verify: bool = False,
         token_chunk: int | None = TOKENS_PER_CHUNK,
+        detectors: Detectors = "published",
     ) -> HeadScores:
         """`score_tokens` of the trial's prompt and answer, whose other arguments and errors these are.
 
         norm and backend are those of the scorer where they are None. `meta` says what was asked and how the
-        answer was tokenised.
+        answer was tokenised. detectors: "published", the six arrays that are attributes of `HeadScores`, or "all",
+        which reads the rows of the question and of the prompt's end, too, for what `HeadScores.others` then holds.
         """
-        return self._score(trial, None, norm, contrast, backend, verify, token_chunk)
+        return self._score(trial, None, norm, contrast, backend, verify, token_chunk, detectors)
 
     def score_many(
         self,
@@ -58,6 +61,7 @@ class LocosScorer:
         backend: BackendName | None = None,
         verify: bool = False,
         token_chunk: int | None = TOKENS_PER_CHUNK,
+        detectors: Detectors = "published",
         done: Callable[[int, HeadScores], None] | None = None,
     ) -> list[HeadScores]:
         """`score` of each trial, in the order given; what several prompts begin with is computed once.
@@ -69,9 +73,12 @@ class LocosScorer:
         done: called with a trial's place in `trials` and its scores as soon as they are there.
         """
         results: dict[int, HeadScores] = {}
-        walk = behind_shared_prefixes(self.model, trials, trial_tree(trials), token_chunk=token_chunk) if trials else ()
+        tree = trial_tree(trials, detectors) if trials else None
+        walk = () if tree is None else behind_shared_prefixes(self.model, trials, tree, token_chunk=token_chunk)
         for number, prefix in walk:
-            results[number] = self._score(trials[number], prefix, norm, contrast, backend, verify, token_chunk)
+            results[number] = self._score(
+                trials[number], prefix, norm, contrast, backend, verify, token_chunk, detectors
+            )
             if done is not None:
                 done(number, results[number])
         return [results[i] for i in range(len(trials))]
@@ -88,6 +95,7 @@ class LocosScorer:
         backend: BackendName | None,
         verify: bool,
         token_chunk: int | None,
+        detectors: Detectors,
     ) -> HeadScores:
         scores = score_tokens(
             self.model,
@@ -100,6 +108,7 @@ class LocosScorer:
             verify=verify,
             token_chunk=token_chunk,
             prefix=prefix,
+            parts=PromptParts.of(trial) if detectors == "all" else None,
         )
         scores.meta |= trial.describe()
         scores.meta["answer_tokens"] = [self.tokenizer.decode([token]) for token in trial.answer_ids]

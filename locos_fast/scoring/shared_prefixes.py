@@ -13,12 +13,13 @@ from locos_fast.models.prefix_cache import PrefixCache
 from locos_fast.models.token_chunks import token_chunks
 from locos_fast.prompts.prefix_tree import PrefixNode, prefix_tree
 from locos_fast.prompts.trials import Trial
+from locos_fast.scoring.prompt_parts import Detectors, first_row
 
 
-def trial_tree(trials: Sequence[Trial]) -> PrefixNode:
-    """What the trials' prompts have in common; the row that predicts an answer's first token is never shared."""
+def trial_tree(trials: Sequence[Trial], detectors: Detectors = "published") -> PrefixNode:
+    """What the trials' prompts have in common; the rows that the detectors read are never shared."""
     return prefix_tree(
-        [[*trial.prompt_ids, *trial.answer_ids] for trial in trials], [len(trial.prompt_ids) - 1 for trial in trials]
+        [[*trial.prompt_ids, *trial.answer_ids] for trial in trials], [first_row(trial, detectors) for trial in trials]
     )
 
 

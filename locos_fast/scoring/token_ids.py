@@ -21,6 +21,11 @@ def check_token_ids(model: PreTrainedModel, input_ids: Tensor, answer_positions:
     _check("input_ids", input_ids[0, list(answer_positions)].tolist(), _rows(unembedding(model)))
 
 
+def check_foil_ids(model: PreTrainedModel, foil_ids: Sequence[int]) -> None:
+    """Raises ValueError for ids that the model has no logit for."""
+    _check("foil_ids", foil_ids, _rows(unembedding(model)))
+
+
 def contrast_ids(model: PreTrainedModel, contrast: Any, count: int) -> str | list[int] | None:
     """`contrast` with its token ids as ints: None, "mean", or `count` ids. Raises ValueError for anything else."""
     if contrast is None or (isinstance(contrast, str) and contrast == "mean"):
