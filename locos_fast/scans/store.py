@@ -150,7 +150,7 @@ class ScanFolder:
                     opened[name] = files.enter_context(safe_open(self.arrays / name, "np"))
                 found.append({array: opened[name].get_tensor(f"{key}/{array}") for array in lines[key]["names"]})
         names = list(dict.fromkeys(name for arrays in found for name in arrays))
-        nothing = np.full_like(next(iter(found[0].values())), np.nan) if found and names else None
+        nothing: Any = np.full_like(next(iter(found[0].values())), np.nan) if names else None
         return {name: np.stack([arrays.get(name, nothing) for arrays in found]) for name in names}
 
 

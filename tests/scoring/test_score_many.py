@@ -47,6 +47,9 @@ def grid() -> list[Trial]:
                 depth=100 * depth / 60,
                 length=len(prompt),
                 id=f"{depth}-{question}",
+                question_span=(64, 65),
+                lead_tokens=1,
+                foil_ids=[9, 20],
             )
         )
     return trials
@@ -59,6 +62,16 @@ def test_scores_are_those_of_each_trial_alone(family: str) -> None:
     assert [scores.meta["trial"] for scores in found] == [trial.id for trial in trials]
     for scores, trial in zip(found, trials, strict=True):
         assert_same(scores, scorer.score(trial, norm="frozen"))
+
+
+@pytest.mark.parametrize("family", NINE)
+def test_further_detectors_are_those_of_each_trial_alone(family: str) -> None:
+    scorer, trials = LocosScorer(build(family, dtype=torch.float32), Names()), grid()
+    found = scorer.score_many(trials, detectors="all")
+    assert sum(scores.meta["prefix_tokens"] > 0 for scores in found) >= 4
+    for scores, trial in zip(found, trials, strict=True):
+        assert "qrhead" in scores.others
+        assert_same(scores, scorer.score(trial, detectors="all"))
 
 
 def test_a_shared_beginning_is_computed_once() -> None:
