@@ -167,7 +167,8 @@ def show_scan(result: Scan, out: Path, as_json: bool) -> None:
             )
         )
         return
-    show(scan_tables.scan_table(scores, HEADS_SHOWN), scan_tables.gate_table(result.cells))
+    show(scan_tables.scan_table(scores, HEADS_SHOWN))
+    show(scan_tables.detectors_table(scores), scan_tables.gate_table(result.cells))
     statuses = ", ".join(f"{count} {status}" for status, count in sorted(result.statuses.items()))
     say(f"trials: {statuses}")
     say(scan_tables.statistics_line(scores))

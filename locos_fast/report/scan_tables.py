@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from locos_fast.scans.statistics import active_share
+from locos_fast.scoring.detectors import LABELS
 from locos_fast.scoring.directions import unit_of
 from locos_fast.scoring.head_scores import HeadScores, head_name
+
+BEST_SHOWN = 5
+PARTS_OF_LOCOS = ("l_plus", "l_minus")
 
 if TYPE_CHECKING:
     from locos_fast.scans.result import Cell
@@ -44,6 +48,21 @@ def scan_table(scores: HeadScores, k: int) -> Table:
         interval = f"{scores.ci_low[head]:+.4g} to {scores.ci_high[head]:+.4g}"
         others = (f"{array[head]:+.4g}" for array in (scores.dla, scores.attention_spatial, scores.wu))
         table.add_row(head_name(head), f"{scores.score[head]:+.4g}", interval, f"{active[head]:.0%}", *others)
+    return table
+
+
+def detectors_table(scores: HeadScores) -> Table:
+    """What each detector puts first, and how many of its best heads are among LOCOS's."""
+    found = scores.meta["statistics"]
+    table = Table(title="What every detector puts first, from the same passes")
+    for column in ("detector", f"{BEST_SHOWN} best heads", f"of its {found['top_k']} best, LOCOS has"):
+        table.add_column(column, justify="right" if column.startswith("of its") else "left", overflow="fold")
+    for name in scores.names:
+        if name in PARTS_OF_LOCOS:
+            continue
+        best = " ".join(head_name(head) for head in scores.top(BEST_SHOWN, by=name) if scores.array(name).any())
+        shared = "" if name == "score" else str(found["shared_with_locos"][name])
+        table.add_row(LABELS.get(name, name), best or "none: zero for every head", shared)
     return table
 
 

@@ -159,3 +159,13 @@ def test_a_folder_that_holds_a_scan_is_refused_before_the_work(capsys, monkeypat
 def test_merging_what_is_no_scan_is_refused(capsys, monkeypatch, tmp_path) -> None:
     code, _, err = run(capsys, monkeypatch, ["merge", str(tmp_path), "--out", str(tmp_path / "all")])
     assert code == 2 and "is no scan" in err and err.count("\n") == 1
+
+
+def test_every_detector_is_shown_with_its_best_heads(capsys, monkeypatch, folder, tmp_path) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    _, out, _ = run(capsys, monkeypatch, scan_command(folder, tmp_path / "x"))
+    literal = " ".join(f"L{layer}H{head}" for layer, head in planted.build(**MODEL).heads["literal"])
+    rows = {line.split("│")[1].strip(): line for line in out.splitlines() if line.count("│") == 4}
+    for label in ("LOCOS", "LOCOS frozen", "LOCOS against a foil", "QRHead", "HeadKV anchors", "Wu copy score"):
+        assert label in rows
+    assert literal in rows["LOCOS"] and literal.split()[0] in rows["Wu copy score"]

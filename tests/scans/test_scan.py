@@ -59,7 +59,8 @@ def stop_after(count: int):
 
 def test_means_are_those_of_trials_scored_one_by_one(model, trials, tmp_path: Path) -> None:
     found = scan(model.model, model.tokenizer, trials, tmp_path / "x").scores
-    alone = [LocosScorer(model.model, model.tokenizer).score(trial) for trial in trials]
+    alone = [LocosScorer(model.model, model.tokenizer).score(trial, detectors="all") for trial in trials]
+    assert "locos_frozen" in found.names
     assert_same(found, HeadScores.mean(alone))
     kept = HeadScores.from_pretrained(tmp_path / "x")
     assert kept.per_trial.shape == (8, *found.score.shape)
