@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM
 
+from locos_fast.models.cache_memory import cache_bytes, cached_layers, without_memory
 from locos_fast.models.foreign_errors import one_value_error
 from locos_fast.models.token_chunks import TOKENS_PER_CHUNK
 
@@ -16,16 +17,17 @@ GIB = 2**30
 
 
 class MemoryEstimate(NamedTuple):
-    """Bytes, at the peak of one forward pass over one prompt without a KV cache."""
+    """Bytes, at the peak of one forward pass over one prompt."""
 
     weights: int
     activations: int  # one layer's, and the residual stream
     attention: int  # score matrices and masks that the attention implementation builds
     sums: int = 0  # of an attribution, over its segments
+    cache: int = 0  # keys and values of shared beginnings, in all copies that are held at once
 
     @property
     def total(self) -> int:
-        return self.weights + self.activations + self.attention + self.sums
+        return sum(self)
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self._asdict().items())
@@ -47,17 +49,27 @@ class Segments(NamedTuple):
 
 
 def estimate(
-    config: Any, tokens: int, dtype: torch.dtype, attn_implementation: str | None, summed: Segments | None = None
+    config: Any,
+    tokens: int,
+    dtype: torch.dtype,
+    attn_implementation: str | None,
+    summed: Segments | None = None,
+    shared: Iterable[Sequence[int]] = (),
 ) -> MemoryEstimate:
-    """Estimate a forward over `tokens` tokens; `config` is the model's configuration. summed: of an attribution.
+    """Estimate a forward over `tokens` tokens; `config` is the model's configuration.
 
+    summed: of an attribution. shared: of trials that continue from shared beginnings, how far each one's cache reaches
+    after every pass on the way to it (`prompts.prefix_tree.passes`); the largest counts.
     Raises ValueError, in one line, for a configuration from which no model can be built.
     """
     with one_value_error("model: config.json describes no model that can be built"):
         weights = _parameters(config) * dtype.itemsize
         activations, attention = _above_weights(config, tokens, dtype, attn_implementation)
         sums = 0 if summed is None else summed.bytes(config)
-    return MemoryEstimate(weights, activations, attention, sums)
+        ways = set(map(tuple, shared)) - {()}
+        layers = cached_layers(config) if ways else []
+    cache = max((cache_bytes(layers, ends, dtype) for ends in ways), default=0)
+    return MemoryEstimate(weights, activations, attention, sums, cache)
 
 
 def available(device: torch.device) -> int:
@@ -71,6 +83,37 @@ def available(device: torch.device) -> int:
     import psutil  # type: ignore[import-untyped]
 
     return psutil.virtual_memory().available
+
+
+class WithCache(NamedTuple):
+    """Whether trials may continue from shared beginnings on a device."""
+
+    fits: bool
+    needed: MemoryEstimate
+    free: int  # bytes
+
+    def __str__(self) -> str:
+        return (
+            f"memory: with the beginnings that prompts share kept, this run needs about {self.needed} and "
+            f"{self.free / GIB:.2f} GiB are free; so nothing is shared, and each trial is run on its own"
+        )
+
+
+def fits_with_cache(
+    config: Any,
+    tokens: int,
+    dtype: torch.dtype,
+    attn_implementation: str | None,
+    device: torch.device,
+    shared: Iterable[Sequence[int]],
+) -> WithCache:
+    """Whether forwards over at most `tokens` tokens fit together with the caches of shared beginnings, see `estimate`.
+
+    To be asked before the weights are loaded. A run for which it says no may still fit without them: that is what
+    `refuse_if_too_large` says.
+    """
+    needed, free = estimate(config, tokens, dtype, attn_implementation, shared=shared), available(device)
+    return WithCache(needed.total <= free, needed, free)
 
 
 def refuse_if_too_large(
@@ -113,11 +156,7 @@ def _above_weights(config: Any, tokens: int, dtype: torch.dtype, attn_implementa
 
 
 def _parameters(config: Any) -> int:
-    # code was run already where the configuration's class is not transformers' own; never left open: it would ask
-    trusted = not type(config).__module__.startswith("transformers.")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(parameter.numel() for parameter in without_memory(config).parameters())
 
 
 def _activations(layer: Any, tokens: int) -> int:

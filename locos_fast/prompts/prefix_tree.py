@@ -33,6 +33,20 @@ def prefix_tree(sequences: Sequence[Sequence[int]], reusable: Sequence[int]) -> 
     return _node(order, sequences, reusable, done=0)
 
 
+def passes(sequences: Sequence[Sequence[int]], tree: PrefixNode) -> Iterator[list[int]]:
+    """For every sequence, tokens that are there after each pass on the way to it, increasing, its own pass last; none
+    for one that shares nothing."""
+    yield from _passes(sequences, tree, [])
+
+
+def _passes(sequences: Sequence[Sequence[int]], node: PrefixNode, before: list[int]) -> Iterator[list[int]]:
+    ends = [*before, node.end] if node.end > max(before, default=0) else before
+    for leaf in node.leaves:
+        yield [*ends, len(sequences[leaf])] if ends else []
+    for child in node.children:
+        yield from _passes(sequences, child, ends)
+
+
 def _node(group: list[int], sequences: Sequence[Sequence[int]], reusable: Sequence[int], done: int) -> PrefixNode:
     """The node of a sorted group whose first `done` tokens agree and are there already."""
     end = _common(group, sequences, reusable)
