@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from locos_fast.models.memory_estimate import Segments
+    from locos_fast.models.memory_estimate import Segments, WithCache
+    from locos_fast.prompts.trials import Trial
 
 
 def read_text(path: Path, argument: str, *, newline: str | None = None) -> str:
@@ -48,6 +49,29 @@ def load_model(source: Any, tokens: int, argument: str, summed: Segments | None 
     else:
         needed = estimate(config, tokens, dtype, source.attn_implementation, summed)
     return source.load(), needed.total
+
+
+def beginnings_fit(source: Any, trials: Sequence[Trial]) -> WithCache | None:
+    """Whether the caches of what the trials' prompts share fit as well; to be asked before the model is loaded.
+
+    None where several devices share the model, whose free memory says nothing of one cache.
+    """
+    from locos_fast.models.memory_estimate import fits_with_cache
+    from locos_fast.prompts.prefix_tree import passes
+    from locos_fast.scoring.shared_prefixes import trial_tree
+
+    if source.device_map is not None:
+        return None
+    config = source.config()
+    sequences = [[*trial.prompt_ids, *trial.answer_ids] for trial in trials]
+    return fits_with_cache(
+        config,
+        max(map(len, sequences)),
+        source.torch_dtype(config),
+        source.attn_implementation,
+        source.torch_device(),
+        passes(sequences, trial_tree(trials)),
+    )
 
 
 def check_vocabulary(network: Any, ids: Iterable[int]) -> None:

@@ -39,6 +39,16 @@ def score(
     depth: Annotated[
         float | None, typer.Option(help="Insert the needle at this percent of the context, 0 to 100.")
     ] = None,
+    chat_template: Annotated[
+        bool,
+        typer.Option(
+            help="Ask as a chat, thinking off, as `scan` does where the tokenizer has a template. Without, the prompt "
+            "is context, blank line and question as they stand."
+        ),
+    ] = False,
+    lead: Annotated[
+        str, typer.Option(metavar="TEXT", help="Begin the reply with this; the answer has to follow it.")
+    ] = "",
     norm: Annotated[str, typer.Option(help="none, the published score, or frozen, true logit units.")] = "none",
     top: Annotated[int, typer.Option(min=1, help="Heads to print.")] = 10,
     revision: Revision = None,
@@ -73,7 +83,16 @@ def score(
     text = read_text(context, "context")
     source.torch_dtype(source.config())  # a wrong model or dtype is said before a wrong prompt
     tokenizer = source.tokenizer()
-    trial = compose(tokenizer, context=text, needle=needle, question=question, answer=answer, depth=depth)
+    trial = compose(
+        tokenizer,
+        context=text,
+        needle=needle,
+        question=question,
+        answer=answer,
+        depth=depth,
+        chat_template=chat_template,
+        lead=lead,
+    )
     network, needed = load_model(source, trial.length + len(trial.answer_ids), "context")
     check_vocabulary(network, [*trial.prompt_ids, *trial.answer_ids])
     ids = trial.input_ids.to(network.get_input_embeddings().weight.device)
@@ -81,7 +100,9 @@ def score(
         completeness = diagnose(network).completeness if norm == "none" else None  # frozen scores bring their own
         scores = score_tokens(network, ids, trial.needle_span, trial.answer_positions, norm=unit, verify=verify)
     scores.meta |= {
-        "protocol": "teacher-forced answer after context, blank line, question",
+        "protocol": f"teacher-forced answer after {_prompt_parts(chat_template, lead)}",
+        "chat_template": chat_template,
+        "lead": lead,
         "span": "needle tokens against all other keys the answer row sees",
         "completeness": completeness or scores.meta["completeness"],
         "revision": revision,
@@ -94,11 +115,22 @@ def score(
     }
     _judge(scores.meta, network.dtype, force)
     _print_scores(scores, top, as_json)
+    if not (as_json or chat_template or scores.meta["answer_is_predicted"]) and getattr(
+        tokenizer, "chat_template", None
+    ):
+        say("note: this tokenizer has a chat template; --chat-template asks in it, --lead begins the reply")
     if timing and not as_json:  # JSON has it in any case
         say(report.cost_line(scores.meta["cost"]))
     if out is not None:  # after printing: nothing is lost if it fails
         scores.save_pretrained(out, overwrite=overwrite)
         draw(save_heat_map, scores, out / SCORES.picture, title=f"LOCOS score, {scores.meta['model']}")
+
+
+def _prompt_parts(chat_template: bool, lead: str) -> str:
+    parts = "context, blank line, question"
+    if chat_template:
+        parts = f"a chat template, thinking off, around {parts}"
+    return f"{parts}, and a reply begun with a lead" if lead else parts
 
 
 def _judge(meta: dict[str, Any], dtype: Any, force: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,7 +15,8 @@ from locos_fast.demo.needles import Needle, literal_needles, non_literal_needles
 from locos_fast.models.description import describe_model
 from locos_fast.models.loading import load
 from locos_fast.models.prefix_cache import PrefixCache
-from locos_fast.prompts.chat_trials import beginnings, compose_chat
+from locos_fast.prompts.beginnings import beginnings
+from locos_fast.prompts.compose import compose
 from locos_fast.prompts.haystacks import essays
 from locos_fast.prompts.trials import Trial
 from locos_fast.scoring.directions import Norm
@@ -166,13 +168,19 @@ def make_trials(tokenizer: Any, kind: str, texts: list[str], seed: int) -> Itera
         if context is None:
             return
         free.remove(context)
-        yield compose_chat(
-            tokenizer,
-            context=context,
-            needle=needle.sentence,
-            question=needle.question,
-            lead=needle.lead,
-            answer=needle.answer,
-            depth=100 * (index * GOLDEN_RATIO % 1),
-            id=f"{kind}-{index}",
-        )
+        with (
+            warnings.catch_warnings()
+        ):  # a sentence is a large share of so short a context: none lies where it is asked
+            warnings.simplefilter("ignore", UserWarning)
+            trial = compose(
+                tokenizer,
+                context=context,
+                needle=needle.sentence,
+                question=needle.question,
+                chat_template=True,
+                lead=needle.lead,
+                answer=needle.answer,
+                depth=100 * (index * GOLDEN_RATIO % 1),
+                trial_id=f"{kind}-{index}",
+            )
+        yield trial

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
+from locos_fast.prompts.chat_template import Around, around_message
 from locos_fast.prompts.text_segments import SENTENCE_END
 from locos_fast.prompts.trials import Trial
 
@@ -36,41 +37,54 @@ class Insertion(NamedTuple):
 
 
 def compose(
-    tokenizer: Any, *, context: str, needle: str, question: str, answer: str, depth: float | None = None
+    tokenizer: Any,
+    *,
+    context: str,
+    needle: str,
+    question: str,
+    answer: str,
+    depth: float | None = None,
+    chat_template: bool = False,
+    lead: str = "",
+    trial_id: str | None = None,
 ) -> Trial:
     """A trial whose prompt is the context with the needle, a blank line, and the question.
 
     depth: percent of the context in front of the needle, which is inserted at the sentence boundary before that point;
     None if the context already contains the needle, exactly once. The trial's `depth` is the one that came about.
-    The answer's ids are those that `continuation` finds; white space around needle and answer is no part of them.
+    chat_template: whether that is a user's message in the tokenizer's chat template, thinking off, as in a scan.
+    lead: with which the reply is begun, on a line of its own where there is no template; the answer follows it.
+    The answer's ids are those that `continuation` finds; white space around needle, lead and answer is no part of them.
 
     Warns (UserWarning) if the needle lies more than 5 percent of the context away from the depth that was asked for.
     Raises ValueError, naming the argument, for a text that is empty, no string or not UTF-8, a needle that does not
-    occur exactly once or is longer than the context, a depth outside 0..100, and a tokenizer without character offsets.
+    occur exactly once or is longer than the context, a depth outside 0..100, a tokenizer without character offsets, and
+    one without a chat template that is asked for.
     """
-    for name, text in (("context", context), ("needle", needle), ("question", question), ("answer", answer)):
+    given = {"context": context, "needle": needle, "question": question, "answer": answer}
+    for name, text in (given | {"lead": lead} if lead else given).items():
         check_text(name, text)
-    needle, answer = needle.strip(), answer.strip()
-    if depth is None:
-        start = _only_occurrence(context, needle)
-        placed = Insertion(context, start, 100 * start / max(len(context) - len(needle), 1))
-    else:
-        placed = insert_needle(context, needle, depth)
-        _warn_of_distance(placed.depth, depth)
-    prompt = f"{placed.text}\n\n{question}"
+    needle, answer, lead = needle.strip(), answer.strip(), lead.strip()
+    around = around_message(tokenizer) if chat_template else Around("", "\n" if lead else "")
+    placed = _placed(context, needle, depth)
+    opening = f"{around.before}{placed.text}\n\n"
+    prompt = f"{opening}{question}{around.after}{lead}"
     tokens = tokenise(tokenizer, prompt)
+    needle_start = len(around.before) + placed.start
     return Trial(
         prompt_ids=tokens.ids,
-        needle_span=_span_of(tokens.offsets, placed.start, placed.start + len(needle)),
+        needle_span=_span_of("needle", tokens.offsets, needle_start, needle_start + len(needle)),
         answer_ids=continuation(tokenizer, prompt, tokens.ids, answer),
         question=question,
         needle=needle,
         answer=answer,
         depth=placed.depth,
         length=len(tokens.ids),
-        id=f"score-{len(tokens.ids)}",
+        id=trial_id or f"score-{len(tokens.ids)}",
         requested_depth=None if depth is None else float(depth),
         context_sha256=hashlib.sha256(context.encode()).hexdigest(),
+        question_span=_span_of("question", tokens.offsets, len(opening), len(opening) + len(question)),
+        lead_tokens=sum(end > len(prompt) - len(lead) for _, end in tokens.offsets),
     )
 
 
@@ -143,11 +157,20 @@ def insert_needle(context: str, needle: str, depth: float) -> Insertion:
     return Insertion(f"{lead}{needle}{tail}", len(lead), 100 * cut / len(context))
 
 
+def _placed(context: str, needle: str, depth: float | None) -> Insertion:
+    if depth is None:
+        start = _only_occurrence(context, needle)
+        return Insertion(context, start, 100 * start / max(len(context) - len(needle), 1))
+    placed = insert_needle(context, needle, depth)
+    _warn_of_distance(placed.depth, depth)
+    return placed
+
+
 def _warn_of_distance(depth: float, requested: float) -> None:
     if abs(depth - requested) > DEPTH_TOLERANCE:
         warnings.warn(
             f"depth: asked for {requested:g} percent, but the last sentence boundary before it is at {depth:.3g}",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -162,11 +185,11 @@ def _only_occurrence(context: str, needle: str) -> int:
     return start
 
 
-def _span_of(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
-    """The span of tokens that overlap characters start ... end."""
+def _span_of(name: str, offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
+    """The span of tokens that overlap characters start ... end. Raises ValueError, with the text's name, for none."""
     inside = [i for i, (low, high) in enumerate(offsets) if low < end and high > start and high > low]
     if not inside:
-        raise ValueError("needle: the tokenizer gives it no tokens")
+        raise ValueError(f"{name}: the tokenizer gives it no tokens")
     return inside[0], inside[-1] + 1
 
 
