@@ -70,7 +70,7 @@ def beginnings_fit(source: Any, trials: Sequence[Trial]) -> WithCache | None:
         source.torch_dtype(config),
         source.attn_implementation,
         source.torch_device(),
-        passes(sequences, trial_tree(trials)),
+        passes(sequences, trial_tree(trials, "all")),  # as `scans.run` has it
     )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from locos_fast.cli.input import check_vocabulary, load_model
+from locos_fast.cli.input import beginnings_fit, check_vocabulary, load_model
 from locos_fast.cli.options import (
     Attention,
     Device,
@@ -106,7 +106,10 @@ def scan(
         )
     else:
         trials = needle_trials(composer, hay, facts, grid, limit=limit, name=name, seed=seed)
+    with_cache = beginnings_fit(source, trials)
     network, _ = load_model(source, max(len(t.prompt_ids) + len(t.answer_ids) for t in trials), "lengths")
+    if with_cache is not None and not with_cache.fits:
+        _note(str(with_cache))
     check_vocabulary(network, chain.from_iterable((*t.prompt_ids, *t.answer_ids) for t in trials))
     config = {
         "dataset": name,
@@ -134,6 +137,7 @@ def scan(
             config=config,
             shard=part,
             resume=resume,
+            share_prefixes=with_cache is None or with_cache.fits,
             progress=_reporter(),
             notice=_note,
         )

@@ -66,6 +66,7 @@ def scan(
     config: dict[str, Any] | None = None,
     shard: Shard | None = None,
     resume: bool = False,
+    share_prefixes: bool = True,
     token_chunk: int | None = TOKENS_PER_CHUNK,
     progress: Callable[[Progress], None] = lambda _: None,
     notice: Callable[[str], None] = lambda _: None,
@@ -77,8 +78,9 @@ def scan(
     resume: continue a scan that the folder holds; trials that failed or lacked memory are tried again.
     progress is called after every trial, notice with a sentence about what was repaired.
 
-    What several prompts begin with is computed once. The scores of a trial do not depend on which others are run, or on
-    how often a scan was interrupted, to the bit.
+    What several prompts begin with is computed once, or, where share_prefixes is False because its cache takes too much
+    memory, each trial on its own: the same up to rounding. Else the scores of a trial do not depend on which others are
+    run, or on how often a scan was interrupted, to the bit.
     Raises ValueError if there is no trial, if none passes the gate, or if the folder's scan is another one,
     FileExistsError if it holds one and `resume` is False or another process works on it, UnsupportedModelError for
     models that cannot be scored. On KeyboardInterrupt what is done is written before it is raised again.
@@ -92,8 +94,10 @@ def scan(
         tree = trial_tree(trials, "all")
         mine = (shard or Shard(0, 1)).slice_of(list(tree.sequences()))
         writer = Writer(folder, manifest, mine, progress)
+        skip = writer.not_to_run()
+        walk = _walk(model, trials, tree, token_chunk, skip) if share_prefixes else _each_alone(tree, skip)
         try:
-            for number, prefix in _walk(model, trials, tree, token_chunk, skip=writer.not_to_run()):
+            for number, prefix in walk:
                 outcome = _attempt(model, trials[number], norm, gate, prefix, token_chunk)
                 predicted = outcome.line.get("predicted_ids", [])
                 text = {"predicted": [tokenizer.decode([token]) for token in predicted]}
@@ -167,7 +171,11 @@ def _walk(
         if not is_out_of_memory(error):
             raise
     _free_memory()  # out here, where the error no longer holds the cache
-    yield from ((number, None) for number in tree.sequences() if number not in handed)
+    yield from _each_alone(tree, handed)
+
+
+def _each_alone(tree: PrefixNode, skip: set[int]) -> Iterator[tuple[int, None]]:
+    return ((number, None) for number in tree.sequences() if number not in skip)
 
 
 def _attempt(
