@@ -46,6 +46,7 @@ setup(
         "safetensors",
         "gguf",
         "platformdirs",
+        "rouge-score",
         "typer",
         "rich",
         "matplotlib",

@@ -19,15 +19,23 @@ def answer_logits(
 ) -> Tensor:
     """One forward pass, without a KV cache or behind `prefix`; logits of the answer rows only, (T, vocabulary).
 
-    Raises ValueError for logits of NaN or +infinity, of which every score would be made; a model may forbid a token
-    with -infinity.
+    Raises ValueError for logits that are not finite, see `row_logits`.
     """
     if prefix is None:
-        return _finite(_logits(model, input_ids, rows, {"use_cache": False}))
+        return row_logits(model, input_ids, rows, {"use_cache": False})
     prefix.check_continued_by(input_ids, rows)
     rest, rows = input_ids[:, prefix.tokens :], [row - prefix.tokens for row in rows]
     with prefix.branch():
-        return _finite(_logits(model, rest, rows, prefix.forward_arguments()))
+        return row_logits(model, rest, rows, prefix.forward_arguments())
+
+
+def row_logits(model: PreTrainedModel, input_ids: Tensor, rows: list[int], arguments: dict[str, Any]) -> Tensor:
+    """Logits (T, vocabulary) of some rows of one forward pass on (1, N) `input_ids`, given further `arguments`.
+
+    Raises ValueError for logits of NaN or +infinity, of which every score would be made; a model may forbid a token
+    with -infinity.
+    """
+    return _finite(_logits(model, input_ids, rows, arguments))
 
 
 def _finite(logits: Tensor) -> Tensor:

@@ -8,18 +8,16 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from locos_fast.models.loading import ModelSource
 from locos_fast.prompts.haystacks import essays
 from locos_fast.prompts.needle_grid import foil_of
 from locos_fast.prompts.needle_prompt import Composer, Fact, Haystack
+from tests.oracles import tiny_tokenizers
 
 FACT = Fact("laura", "The magic number for Laura is 48213.", "What is the number for Laura?", "48213", "The number is")
 OTHER = Fact("oscar", "The magic number for Oscar is 55017.", "What is the number for Oscar?", "55017", "The number is")
-# How Llama 3 cuts text: a stop takes the newlines behind it along, a word the space in front of it.
-LLAMA_3 = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<user>\n{{ m.content }}\n{% endfor %}"
     "<reply>{% if enable_thinking %}<think>{% endif %}\n"
@@ -36,57 +34,14 @@ def prose(sentences: int = 300) -> str:
     return " ".join(s + ("\n\n" if i % 9 == 8 else "") for i, s in enumerate(made))
 
 
-def wrapped(backend: Tokenizer) -> PreTrainedTokenizerFast:
-    """With a BOS in front of every text, as in Llama tokenizers."""
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", backend.token_to_id("<s>"))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=TEMPLATE
-    )
-
-
-def trained(backend: Tokenizer, trainer: trainers.Trainer) -> PreTrainedTokenizerFast:
+def trained(build: Callable[..., PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
     everything = " ".join((prose(), *FACT[1:], *OTHER[1:], "one <user> <reply>"))
-    backend.train_from_iterator([everything], trainer)
-    return wrapped(backend)
+    return build(everything, chat_template=TEMPLATE)
 
 
-def byte_level() -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.BPE(unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(LLAMA_3), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    return trained(
-        backend, trainers.BpeTrainer(vocab_size=500, special_tokens=["<s>", "</s>", "<unk>"], initial_alphabet=alphabet)
-    )
-
-
-def sentencepiece_style() -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.BPE(unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    backend.decoder = decoders.Metaspace(prepend_scheme="first")
-    return trained(backend, trainers.BpeTrainer(vocab_size=500, special_tokens=["<s>", "</s>", "<unk>"]))
-
-
-def word_level() -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return trained(backend, trainers.WordLevelTrainer(special_tokens=["<s>", "</s>", "<unk>"]))
-
-
-KINDS = {"byte-level": byte_level, "sentencepiece": sentencepiece_style, "word-level": word_level}
-
-
-@pytest.fixture(params=KINDS, scope="module")
+@pytest.fixture(params=tiny_tokenizers.KINDS, scope="module")
 def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
-    build: Callable[[], PreTrainedTokenizerFast] = KINDS[request.param]
-    return build()
+    return trained(tiny_tokenizers.KINDS[request.param])
 
 
 def squeezed(text: str) -> str:
@@ -150,7 +105,7 @@ def test_the_reply_begins_with_the_lead_and_goes_on_with_the_answer(tokenizer) -
 
 
 def test_an_answer_is_tokenised_as_the_reply_goes_on() -> None:
-    tokenizer = byte_level()
+    tokenizer = trained(tiny_tokenizers.byte_level)
     trial, _ = compose(tokenizer)
     whole = tokenizer("The number is 48213", add_special_tokens=False).input_ids
     assert whole[-len(trial.answer_ids) :] == trial.answer_ids
@@ -174,7 +129,7 @@ def test_what_does_not_fit_is_refused(tokenizer) -> None:
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
-    tokenizer = word_level()
+    tokenizer = trained(tiny_tokenizers.word_level)
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="chat template"):
         Composer(tokenizer, chat_template=True)
