@@ -56,7 +56,7 @@ class Generated(NamedTuple):
     """A generated reply.
 
     ids       its tokens, without the stop token or newline that ended it
-    reason    why it ended
+    reason    why it ended; by "thinking budget" with the token that was one too many
     thinking  one bool for each token: whether it belongs to a thinking block, markers included
     """
 
@@ -67,7 +67,11 @@ class Generated(NamedTuple):
     @property
     def said_ids(self) -> list[int]:
         """The tokens outside thinking blocks."""
-        return [token for token, thought in zip(self.ids, self.thinking, strict=True) if not thought]
+        return _said(self.ids, self.thinking)
+
+
+def _said(ids: Sequence[int], thinking: Sequence[bool]) -> list[int]:
+    return [token for token, thought in zip(ids, thinking, strict=True) if not thought]
 
 
 @torch.inference_mode()
@@ -87,7 +91,8 @@ def generate_greedily(
     of the forward pass, computes everything anew for each token, as scoring does: slow, and exact.
     max_new_tokens: outside thinking blocks, a stop token not counted. token_chunk: see `token_chunks`; of the prompt.
 
-    Attention runs as the model runs it; nothing is recorded or replaced. To score the reply, put it behind the prompt
+    Attention runs as the model runs it; nothing is recorded or replaced. Behind a prefix, its keys and values are in
+    memory a second time, together with those of the rest. To score the reply, put it behind the prompt
     and call `score_tokens`, with the same prefix.
     Raises ValueError for an empty prompt, fewer than one new token, a prefix of another prompt, and logits that are not
     finite.
@@ -163,7 +168,7 @@ class _Reply:
         text = decoded(self.stop.tokenizer, [token])  # no other character has the byte of a newline
         if "\n" not in text:
             return False
-        before = decoded(self.stop.tokenizer, Generated(self.ids, "newline", self.blocks.marks[:-1]).said_ids)
+        before = decoded(self.stop.tokenizer, _said(self.ids, self.blocks.marks[:-1]))
         line, newline, _ = (before + text).lstrip().partition("\n")
         if newline and line.rstrip() != before.strip():
             self.ids.append(token)

@@ -23,10 +23,11 @@ def find_answer_steps(
     does not.
 
     First the exact ids are looked for: `answer_ids`, those of the answer behind the prompt, then those of the answer
-    alone, then those of the answer behind a space. Else the text is, without regard to case, and every token that
-    touches a character of it is a step: also one with a space in front or a stop behind, and each of those that only
-    together spell one character. (As the public code of LOCOS does, but there each token is decoded alone, so that an
-    answer with a character of several tokens is not found.)
+    alone, then those of the answer behind a space; they win over an earlier place where other tokens spell the answer.
+    Else the text is, without regard to case, and every token that touches a character of it is a step: also one with a
+    space in front or a stop behind, and each of those that only together spell one character. (As the public code of
+    LOCOS does, but there each token is decoded alone, so that an answer with a character of several tokens is not
+    found.)
 
     thinking: which of the tokens are thought and not said, as `Generated.thinking` tells; by default those of the
     thinking blocks that are found in the text. They are not searched, and no answer reaches across them.
