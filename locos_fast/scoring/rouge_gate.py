@@ -28,27 +28,29 @@ def passes(answer: str, generated: str, threshold: float = 0.5) -> bool:
 def rouge_1_recall(answer: str, generated: str) -> float:
     """The share of the answer's words that the reply has too, 0 to 1, each as often as the answer has it.
 
-    By the package rouge-score, with stemming: words are runs of ASCII letters and digits, in lower case, longer ones
-    without their English endings. All other characters are lost on it. So an answer without any ASCII letter or digit
-    is compared in words that end at spaces and punctuation, without regard to case and unstemmed; in scripts that put
-    no spaces between words (Chinese, Japanese, Thai, ...) each character is one, and so is each symbol, such as an
+    In words as the package rouge-score cuts and stems them: runs of ASCII letters and digits, in lower case, longer
+    ones without their English endings. All other characters are lost on it. So an answer without any ASCII letter or
+    digit is compared in words that end at spaces and punctuation, without regard to case and unstemmed; in scripts that
+    put no spaces between words (Chinese, Japanese, Thai, ...) each character is one, and so is each symbol, such as an
     emoji. Thinking is for the caller to take away.
     Raises ValueError for an answer that is no text.
     """
     check_text("answer", answer)
-    if any(character.isascii() and character.isalnum() for character in answer):
-        return float(_scorer().score(answer, generated)["rouge1"].recall)
-    wanted, found = Counter(_words(answer)), Counter(_words(generated))
+    english = any(character.isascii() and character.isalnum() for character in answer)
+    words = _rouge_tokenizer().tokenize if english else _words
+    wanted, found = Counter(words(answer)), Counter(words(generated))
     if not wanted:  # punctuation alone
         wanted, found = Counter("".join(answer.split())), Counter(generated)
     return (wanted & found).total() / wanted.total()
 
 
 @functools.cache
-def _scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer  # takes NLTK along, which few who import us need
+def _rouge_tokenizer() -> Any:
+    """Its tokenizer alone: its scorer takes absl's logging along, which may close the process's own streams when
+    logging is configured anew. Imported here, because it takes NLTK along, which few who import us need."""
+    from rouge_score.tokenizers import DefaultTokenizer
 
-    return RougeScorer(["rouge1"], use_stemmer=True)
+    return DefaultTokenizer(use_stemmer=True)
 
 
 def _words(text: str) -> Iterator[str]:
