@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from locos_fast import __version__
 from locos_fast.cli.attribute import attribute
+from locos_fast.cli.data import data
 from locos_fast.cli.demo import demo
 from locos_fast.cli.doctor import doctor
 from locos_fast.cli.merge import merge
@@ -72,3 +73,4 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 for command in (demo, planted, score, scan, merge, attribute, doctor):
     app.command()(command)
+app.add_typer(data, name="data")

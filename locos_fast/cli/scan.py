@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,10 +27,10 @@ from locos_fast.cli.options import (
     say,
     show,
 )
+from locos_fast.cli.trials import trials_of
 from locos_fast.report.display import shown
 
 if TYPE_CHECKING:
-    from locos_fast.prompts.needle_prompt import Fact
     from locos_fast.scans.result import Scan
     from locos_fast.scans.run import Progress
 
@@ -44,11 +43,18 @@ def scan(
     model: Model,
     dataset: Annotated[
         str,
-        typer.Option(help="numbers (the needle says the answer), bridges (it has to be inferred), or a .jsonl file."),
+        typer.Option(
+            metavar="NAME[:FOLDER]",
+            help="numbers (the needle says the answer), bridges (it has to be inferred), niah, nolima, nolima-hard "
+            "(see `data get`), planted, or a .jsonl file.",
+        ),
     ],
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens: A:B:N, N of them from A to B, or A,B,...")],
     out: Annotated[Path, typer.Option(parser=folder, metavar="FOLDER", help="Folder for the results.")],
-    haystack: Annotated[str, typer.Option(help="essays, a UTF-8 text file, or a folder of .txt files.")] = "essays",
+    haystack: Annotated[
+        str | None,
+        typer.Option(help="essays, a UTF-8 text file, or a folder of .txt files; essays, or the data set's own."),
+    ] = None,
     depths: Annotated[
         str | None, typer.Option(help="How many depths from 0 to 100 %, or percentages: 10,50,90; 5 of them.")
     ] = None,
@@ -61,6 +67,9 @@ def scan(
     chat_template: Annotated[
         bool | None, typer.Option(help="Ask as a chat, thinking off; the default if the tokenizer has a template.")
     ] = None,
+    prompt_suffix: Annotated[str, typer.Option(help="Text behind the question.")] = "",
+    question_type: Annotated[str | None, typer.Option(help="Of NoLiMa: onehop, twohop or twohop2; onehop.")] = None,
+    characters: Annotated[int | None, typer.Option(min=1, help="Of NoLiMa: how many of each test's; 1.")] = None,
     seed: Seed = 0,
     shard: Annotated[str | None, typer.Option(help="I/N: run the I-th of N parts; `merge` puts them together.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the scan that the folder holds.")] = False,
@@ -74,9 +83,6 @@ def scan(
 ) -> None:
     """Score every head of a model on many trials; the results survive being interrupted."""
     from locos_fast.models.loading import ModelSource
-    from locos_fast.prompts.haystacks import read_haystack
-    from locos_fast.prompts.needle_grid import Grid, needle_trials, packed_trials
-    from locos_fast.prompts.needle_prompt import Composer, Haystack
     from locos_fast.scans.manifest import Shard
     from locos_fast.scans.run import scan as run_scan
     from locos_fast.scans.store import ScanFolder
@@ -84,48 +90,32 @@ def scan(
     from locos_fast.scoring.result_folder import check_writable
 
     unit, part = check_norm(norm), None if shard is None else Shard.parse(shard)
-    if packed := needles_per_context > 1:
-        if depths is not None:
-            raise ValueError("depths: --needles-per-context spreads the needles evenly; give one of the two")
-        depths = str(needles_per_context)
-    grid = Grid.parse(lengths, depths or "5")
     ScanFolder(out).check_free(resume=resume)
     check_writable(out)
-    facts, text = _facts(dataset, seed), read_haystack(haystack)
+    composed_for = trials_of(
+        dataset,
+        lengths=lengths,
+        depths=depths,
+        limit=limit,
+        needles_per_context=needles_per_context,
+        haystack=haystack,
+        chat_template=chat_template,
+        prompt_suffix=prompt_suffix,
+        question_type=question_type,
+        characters=characters,
+        seed=seed,
+    )
     source = ModelSource(model, revision, dtype, device, device_map, attn_implementation, trust_remote_code)
     source.torch_dtype(source.config())  # a wrong model or dtype is said before a wrong prompt
     tokenizer = source.tokenizer()
-    if chat_template is None:
-        chat_template = bool(getattr(tokenizer, "chat_template", None))
-    composer, hay = Composer(tokenizer, chat_template=chat_template), Haystack.of(tokenizer, text)
-    facts, left_out = _not_given_away(facts, hay.beginning(max(grid.lengths)), dataset)
-    name = Path(dataset).stem
-    if packed:
-        trials = packed_trials(
-            composer, hay, facts, grid.lengths, per_context=needles_per_context, limit=limit, name=name
-        )
-    else:
-        trials = needle_trials(composer, hay, facts, grid, limit=limit, name=name, seed=seed)
+    trials, config, notes = composed_for(tokenizer)
+    for note in notes:
+        _note(note)
     with_cache = beginnings_fit(source, trials)
     network, _ = load_model(source, max(len(t.prompt_ids) + len(t.answer_ids) for t in trials), "lengths")
     if with_cache is not None and not with_cache.fits:
         _note(str(with_cache))
     check_vocabulary(network, chain.from_iterable((*t.prompt_ids, *t.answer_ids) for t in trials))
-    config = {
-        "dataset": name,
-        "dataset_sha256": _digest(json.dumps(facts)),
-        "left_out": left_out,
-        "haystack": haystack,
-        "haystack_sha256": _digest(text),
-        "contexts": "packed" if packed else "single",
-        "needles_per_context": needles_per_context,
-        "lengths": grid.lengths,
-        "depths": grid.depths,
-        "limit": limit,
-        "chat_template": chat_template,
-        "seed": seed,
-        "revision": revision,
-    }
     try:
         result = run_scan(
             network,
@@ -134,7 +124,7 @@ def scan(
             out,
             norm=unit,
             gate=gate,
-            config=config,
+            config=config | {"revision": revision},
             shard=part,
             resume=resume,
             share_prefixes=with_cache is None or with_cache.fits,
@@ -179,35 +169,6 @@ def show_scan(result: Scan, out: Path, as_json: bool) -> None:
     say(f"scores and trials in {out}")
 
 
-def _facts(dataset: str, seed: int) -> list[Fact]:
-    from locos_fast.prompts.built_in_facts import BUILT_IN_FACTS
-    from locos_fast.prompts.fact_files import read_facts
-
-    if dataset in BUILT_IN_FACTS:
-        return BUILT_IN_FACTS[dataset](seed)
-    if not Path(dataset).is_file():
-        raise ValueError(f"dataset: expected {', '.join(BUILT_IN_FACTS)} or a .jsonl file, got {dataset!r}")
-    return read_facts(Path(dataset))
-
-
-def _not_given_away(facts: Sequence[Fact], text: str, dataset: str) -> tuple[list[Fact], list[str]]:
-    """The facts whose answers the haystack does not give away, and the ids of the others.
-
-    Raises ValueError if one of a file's own is among them, or if none is left.
-    """
-    from locos_fast.prompts.built_in_facts import BUILT_IN_FACTS
-    from locos_fast.prompts.needle_grid import given_away
-
-    found = {fact.id: word for fact in facts if (word := given_away(fact, text))}
-    kept = [fact for fact in facts if fact.id not in found]
-    if found and (dataset not in BUILT_IN_FACTS or not kept):
-        which, word = next(iter(found.items()))
-        raise ValueError(f"haystack: it gives the answer of {which} away: {word!r}; choose another haystack or needle")
-    if found:
-        _note(f"{len(found)} of {len(facts)} facts are left out: their answers stand in the haystack")
-    return kept, sorted(found)
-
-
 def _reporter() -> Callable[[Progress], None]:
     """Where the scan stands: one line that changes on a terminal, a line now and then in a log."""
     last = time.monotonic()
@@ -235,7 +196,3 @@ def _progress_line(progress: Progress) -> str:
 
 def _note(sentence: str) -> None:
     errors.print(shown(sentence), markup=False, highlight=False, soft_wrap=True)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -19,6 +19,14 @@ class Grid(NamedTuple):
     depths: list[float]
 
     @classmethod
+    def of(cls, lengths: str | Sequence[int], depths: str | int | Sequence[float]) -> Grid:
+        """Numbers, or what `parse` reads."""
+        return cls(
+            _lengths(lengths if isinstance(lengths, str) else ",".join(map(str, lengths))),
+            _depths(str(depths)) if isinstance(depths, str | int) else _percentages(depths, depths),
+        )
+
+    @classmethod
     def parse(cls, lengths: str, depths: str) -> Grid:
         """Read "A:B:N", N lengths from A to B, or lengths with commas between; a number of depths from 0 to 100, or
         depths with commas between. Raises ValueError for all else."""
@@ -27,7 +35,7 @@ class Grid(NamedTuple):
 
 def needle_trials(
     composer: Composer,
-    haystack: Haystack,
+    haystacks: Mapping[str, Haystack],
     facts: Sequence[Fact],
     grid: Grid,
     *,
@@ -37,23 +45,33 @@ def needle_trials(
 ) -> list[Trial]:
     """At most `limit` trials, spread evenly over lengths and depths, and over the facts in the order given.
 
-    A cell of the grid asks for a fact once at most. name: of the data set, for the trials' ids. seed: of the choice of
-    cells where the limit is no multiple of their number.
+    A cell of the grid asks for a fact once at most. haystacks: by the names that facts give. name: of the data set, for
+    the trials' ids. seed: of the choice of cells where the limit is no multiple of their number.
     """
-    cells = list(product(grid.lengths, grid.depths))
-    wanted = min(limit, len(cells) * len(facts))
-    each, more = divmod(wanted, len(cells))
-    favoured = set(_stratified(grid, seed)[:more])
-    trials, turn = [], 0
-    for length, depth in cells:
-        for _ in range(each + ((length, depth) in favoured)):
-            fact = facts[turn % len(facts)]
-            trial_id = f"{name}/{fact.id}/{length}/{depth:g}"
-            trials.append(
-                composer.compose(haystack, [fact], [depth], length=length, foil=foil_of(fact, facts), trial_id=trial_id)
+    trials = []
+    cells = len(grid.lengths) * len(grid.depths)
+    for turn, (length, depth) in enumerate(spread(grid, min(limit, cells * len(facts)), seed=seed)):
+        fact = facts[turn % len(facts)]
+        trials.append(
+            composer.compose(
+                haystacks[fact.haystack],
+                [fact],
+                [depth],
+                length=length,
+                foil=foil_of(fact, facts),
+                trial_id=f"{name}/{fact.id}/{length}/{depth:g}",
             )
-            turn += 1
+        )
     return trials
+
+
+def spread(grid: Grid, count: int, *, seed: int) -> Iterator[tuple[int, float]]:
+    """A cell for each of `count` trials, length and depth, in order; each cell as often as every other, but for one."""
+    cells = list(product(grid.lengths, grid.depths))
+    each, more = divmod(count, len(cells))
+    favoured = set(_stratified(grid, seed)[:more])
+    for cell in cells:
+        yield from [cell] * (each + (cell in favoured))
 
 
 def _stratified(grid: Grid, seed: int) -> list[tuple[int, float]]:
@@ -70,7 +88,7 @@ def _stratified(grid: Grid, seed: int) -> list[tuple[int, float]]:
 
 def packed_trials(
     composer: Composer,
-    haystack: Haystack,
+    haystacks: Mapping[str, Haystack],
     facts: Sequence[Fact],
     lengths: Sequence[int],
     *,
@@ -81,7 +99,9 @@ def packed_trials(
     """At most `limit` trials, `per_context` to one context, in which all their needles are hidden, evenly spaced.
 
     A trial asks for one of the needles; the others are then distractors, so that these are other trials than single
-    ones. Raises ValueError if the facts do not give that many that can stand together, or `limit` is smaller.
+    ones; facts with haystacks of their own share a context only if it is the same one. haystacks, name: see
+    `needle_trials`.
+    Raises ValueError if the facts do not give that many that can stand together, or `limit` is smaller.
     """
     if limit < per_context:
         raise ValueError(f"limit: expected at least the {per_context} needles of one context, got {limit}")
@@ -94,7 +114,7 @@ def packed_trials(
             trial_id = f"{name}/{fact.id}/{length}/{depths[asked]:g}/packed"
             trials.append(
                 composer.compose(
-                    haystack,
+                    haystacks[fact.haystack],
                     hidden,
                     depths,
                     length=length,
@@ -108,16 +128,17 @@ def packed_trials(
 
 def foil_of(fact: Fact, others: Sequence[Fact]) -> str | None:
     """A wrong answer of the same type: that of the first fact behind this one, and then from the beginning on, that is
-    of its group and has another answer."""
+    of its group and has another answer; the fact's own foil where there is none."""
     place = next((i for i, other in enumerate(others) if other.id == fact.id), 0)
     turned = [*others[place + 1 :], *others[:place]]
-    return next((o.answer for o in turned if o.group == fact.group and o.answer != fact.answer), None)
+    found = (o.answer for o in turned if o.group == fact.group and o.answer != fact.answer)
+    return next(found, fact.foil or None)
 
 
 def _together(facts: Sequence[Fact], count: int) -> list[Fact]:
-    """The first `count` facts that do not answer each other's questions."""
+    """The first `count` facts that do not answer each other's questions and have one haystack."""
     chosen: list[Fact] = []
-    for fact in facts:
+    for fact in (other for other in facts if other.haystack == facts[0].haystack):
         if len(chosen) < count and not any(_clash(fact, other) for other in chosen):
             chosen.append(fact)
     if len(chosen) < count:
@@ -135,11 +156,14 @@ def _clash(one: Fact, other: Fact) -> bool:
     )
 
 
-def given_away(fact: Fact, text: str) -> str | None:
+def given_away(fact: Fact, text: str, *, said: bool = False) -> str | None:
     """What of the answer stands in the text, the answer itself or a word of the same stem, although the needle does
-    not say it and it should have to be inferred; None if nothing does, or the needle says the answer."""
+    not say it and it should have to be inferred; None if nothing does.
+
+    Where the needle says the answer, nothing is given away, unless `said`: then the answer as a word of its own is.
+    """
     if fact.literal:
-        return None
+        return fact.answer if said and re.search(rf"\b{re.escape(fact.answer)}\b", text) else None
     kept = len(fact.answer) - max(0, min(2, len(fact.answer) - 4))  # Portugal, Portuguese; Italy, Italian; Rome
     end = r"\w*" if kept < len(fact.answer) else r"\b"
     found = re.search(rf"\b{re.escape(fact.answer[:kept])}{end}", text, re.IGNORECASE)
@@ -162,13 +186,17 @@ def _lengths(given: str) -> list[int]:
 
 
 def _depths(given: str) -> list[float]:
-    if "," not in given:
-        if not given.strip().isdecimal() or int(given) < 1:
-            raise ValueError(f"depths: expected how many, or percentages with commas between, got {given!r}")
-        count = int(given)
-        return [50.0] if count == 1 else [100 * i / (count - 1) for i in range(count)]
+    if "," in given:
+        return _percentages(given.split(","), given)
+    if not given.strip().isdecimal() or int(given) < 1:
+        raise ValueError(f"depths: expected how many, or percentages with commas between, got {given!r}")
+    count = int(given)
+    return [50.0] if count == 1 else [100 * i / (count - 1) for i in range(count)]
+
+
+def _percentages(parts: Sequence[str] | Sequence[float], given: object) -> list[float]:
     try:
-        numbers = [float(part) for part in given.split(",")]
+        numbers = [float(part) for part in parts]
     except ValueError:
         numbers = []
     if not numbers or not all(0 <= depth <= 100 for depth in numbers):

@@ -100,7 +100,10 @@ def test_several_needles_to_a_context_find_the_same_heads_and_are_a_mode_of_thei
         ({"needles_per_context": "4"}, "depths: --needles-per-context spreads the needles evenly"),
         ({"needles_per_context": "17", "depths": None}, "only 16 of the facts can stand together, not 17"),
         ({"needles_per_context": "30", "depths": None}, "limit: expected at least the 30 needles"),
-        ({"dataset": "nolima"}, "dataset: expected numbers, bridges or a .jsonl file, got 'nolima'"),
+        (
+            {"dataset": "squad"},
+            "dataset: expected numbers, bridges, niah, nolima, nolima-hard, planted or a .jsonl file, got 'squad'",
+        ),
         ({"haystack": "nowhere"}, "haystack: expected essays, a text file or a folder, got 'nowhere'"),
         ({"lengths": "100:50:2"}, "lengths: expected A:B:N"),
         ({"lengths": "60:999999:2"}, "haystack: its "),

@@ -20,7 +20,7 @@ def trials(limit: int, grid: Grid):
     tokenizer = build_tokenizer(max_length=1000)
     composer = Composer(tokenizer, chat_template=False)
     haystack = Haystack.of(tokenizer, "old road in the valley . " * 40)
-    return needle_trials(composer, haystack, FACTS, grid, limit=limit, name="set")
+    return needle_trials(composer, {"": haystack}, FACTS, grid, limit=limit, name="set")
 
 
 def test_a_limit_takes_evenly_from_all_lengths_depths_and_facts() -> None:
@@ -48,7 +48,7 @@ def test_packed_needles_share_a_context_and_never_answer_each_other() -> None:
     composer = Composer(build_tokenizer(max_length=1000), chat_template=False)
     haystack = Haystack.of(composer.tokenizer, "old road in the valley . " * 60)
     facts = BUILT_IN_FACTS["bridges"](0)
-    found = packed_trials(composer, haystack, facts, [240], per_context=6, limit=30, name="set")
+    found = packed_trials(composer, {"": haystack}, facts, [240], per_context=6, limit=30, name="set")
     assert len(found) == len({(*t.prompt_ids, *t.needle_span) for t in found}) == 30
     for first in range(0, 30, 6):
         together = found[first : first + 6]

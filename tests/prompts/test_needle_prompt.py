@@ -60,7 +60,7 @@ def assert_within_a_sentence(tokenizer, text: str, depth: float, length: int) ->
     last, _ = compose(tokenizer, depth=100, length=length, text=text)
     start, end = trial.needle_span
     assert squeezed(tokenizer.decode(trial.prompt_ids[start:end])) == squeezed(FACT.needle)
-    opening = len(Composer(tokenizer, chat_template=False).opening)
+    opening = len(Composer(tokenizer, chat_template=False).frame(FACT).opening)
     place, context = start - opening, last.needle_span[0] - opening
     if depth == 100:
         assert place == context
