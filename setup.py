@@ -41,6 +41,7 @@ setup(
         'triton>=3.6; sys_platform == "linux"',
         "transformers>=5.17.0,<5.25",  # below the first release that `make compat` was not run with
         "accelerate",
+        "huggingface_hub",
         "numpy",
         "packaging",
         "safetensors",

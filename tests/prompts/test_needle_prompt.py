@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import random
-import re
-from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from locos_fast.models.loading import ModelSource
+from locos_fast.prompts.datasets.niah import TEMPLATE as NIAH
 from locos_fast.prompts.haystacks import essays
 from locos_fast.prompts.needle_grid import foil_of
+from locos_fast.prompts.needle_prompt import TEMPLATE as PLAIN
 from locos_fast.prompts.needle_prompt import Composer, Fact, Haystack
-from tests.oracles import tiny_tokenizers
+from tests.oracles.needle_tokenizers import squeezed, trained
+from tests.oracles.tiny_tokenizers import KINDS
 
 FACT = Fact("laura", "The magic number for Laura is 48213.", "What is the number for Laura?", "48213", "The number is")
 OTHER = Fact("oscar", "The magic number for Oscar is 55017.", "What is the number for Oscar?", "55017", "The number is")
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<user>\n{{ m.content }}\n{% endfor %}"
-    "<reply>{% if enable_thinking %}<think>{% endif %}\n"
-)
+TASKS = {  # what stands around a context
+    "plain": PLAIN,
+    "niah": NIAH,
+    "book": "Here is a book:\n\n{haystack}\n\nSay what it says.\n\nQuestion: {question}\n\n A name only.",
+    "asked first": "{question}\n\nLook here: {haystack}",
+}
 
 
 def prose(sentences: int = 300) -> str:
@@ -34,18 +37,12 @@ def prose(sentences: int = 300) -> str:
     return " ".join(s + ("\n\n" if i % 9 == 8 else "") for i, s in enumerate(made))
 
 
-def trained(build: Callable[..., PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
-    everything = " ".join((prose(), *FACT[1:], *OTHER[1:], "one <user> <reply>"))
-    return build(everything, chat_template=TEMPLATE)
+WORDS = (prose(), *FACT[1:5], *OTHER[1:5], *TASKS.values())
 
 
-@pytest.fixture(params=tiny_tokenizers.KINDS, scope="module")
+@pytest.fixture(params=KINDS, scope="module")
 def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
-    return trained(tiny_tokenizers.KINDS[request.param])
-
-
-def squeezed(text: str) -> str:
-    return re.sub(r"\s+", "", text)
+    return trained(request.param, *WORDS)
 
 
 def compose(tokenizer, *, depth=50.0, length=600, chat=False, facts=(FACT,), depths=None, asked=0, text=None):
@@ -55,12 +52,13 @@ def compose(tokenizer, *, depth=50.0, length=600, chat=False, facts=(FACT,), dep
     return composer.compose(haystack, facts, places, length=length, asked=asked, trial_id="x"), haystack
 
 
-def assert_within_a_sentence(tokenizer, text: str, depth: float, length: int) -> None:
-    trial, haystack = compose(tokenizer, depth=depth, length=length, text=text)
-    last, _ = compose(tokenizer, depth=100, length=length, text=text)
+def assert_within_a_sentence(tokenizer, text: str, depth: float, length: int, task: str) -> None:
+    fact = FACT._replace(template=task)
+    trial, haystack = compose(tokenizer, facts=(fact,), depth=depth, length=length, text=text)
+    last, _ = compose(tokenizer, facts=(fact,), depth=100, length=length, text=text)
     start, end = trial.needle_span
     assert squeezed(tokenizer.decode(trial.prompt_ids[start:end])) == squeezed(FACT.needle)
-    opening = len(Composer(tokenizer, chat_template=False).frame(FACT).opening)
+    opening = len(Composer(tokenizer, chat_template=False).frame(fact).opening)
     place, context = start - opening, last.needle_span[0] - opening
     if depth == 100:
         assert place == context
@@ -71,16 +69,18 @@ def assert_within_a_sentence(tokenizer, text: str, depth: float, length: int) ->
     assert trial.depth == pytest.approx(100 * place / context)
 
 
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 @pytest.mark.parametrize("depth", range(0, 101, 10))
-def test_a_needle_lands_within_a_sentence_of_the_depth_asked_for(tokenizer, depth: int) -> None:
-    assert_within_a_sentence(tokenizer, prose(), depth, 600)
+def test_a_needle_lands_within_a_sentence_of_the_depth_asked_for(tokenizer, depth: int, task: str) -> None:
+    assert_within_a_sentence(tokenizer, prose(), depth, 600, task)
 
 
 @pytest.mark.real
 def test_a_needle_lands_within_a_sentence_in_the_essays_for_smollm2() -> None:
     tokenizer, text = ModelSource("smollm2").tokenizer(), "\n\n".join(essays()[:2])
-    for depth in range(0, 101, 10):
-        assert_within_a_sentence(tokenizer, text, depth, 1000)
+    for task in TASKS.values():
+        for depth in range(0, 101, 10):
+            assert_within_a_sentence(tokenizer, text, depth, 1000, task)
 
 
 def test_sentences_end_where_the_text_says(tokenizer) -> None:
@@ -105,7 +105,7 @@ def test_the_reply_begins_with_the_lead_and_goes_on_with_the_answer(tokenizer) -
 
 
 def test_an_answer_is_tokenised_as_the_reply_goes_on() -> None:
-    tokenizer = trained(tiny_tokenizers.byte_level)
+    tokenizer = trained("byte-level", *WORDS)
     trial, _ = compose(tokenizer)
     whole = tokenizer("The number is 48213", add_special_tokens=False).input_ids
     assert whole[-len(trial.answer_ids) :] == trial.answer_ids
@@ -129,22 +129,69 @@ def test_what_does_not_fit_is_refused(tokenizer) -> None:
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
-    tokenizer = trained(tiny_tokenizers.word_level)
+    tokenizer = trained("word-level", *WORDS)
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="chat template"):
         Composer(tokenizer, chat_template=True)
 
 
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 @pytest.mark.parametrize("chat", [False, True])
-def test_question_and_lead_are_known_in_tokens(tokenizer, chat):
-    trial, _ = compose(tokenizer, chat=chat)
+def test_question_and_lead_are_known_in_tokens(tokenizer, chat, task):
+    trial, _ = compose(tokenizer, chat=chat, facts=(FACT._replace(template=task),))
     question = tokenizer.decode(trial.prompt_ids[slice(*trial.question_span)])
     reply = tokenizer.decode(trial.prompt_ids[len(trial.prompt_ids) - trial.lead_tokens :])
     assert squeezed(question) == squeezed(FACT.question)
     assert squeezed(reply) == squeezed(FACT.lead)
 
 
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_template_stands_around_the_context_as_it_is_written(tokenizer, chat, task):
+    fact = FACT._replace(template=task, lead="")
+    trial, haystack = compose(tokenizer, chat=chat, facts=(fact,), depth=100)
+    composer = Composer(tokenizer, chat_template=chat)
+    frame = composer.frame(fact)
+    front, back = task.replace("{question}", fact.question).split("{haystack}")
+    context = tokenizer.decode(haystack.ids[: len(trial.prompt_ids) - len(frame.opening) - len(frame.closing)])
+    opening, closing = (squeezed(tokenizer.decode(ids)) for ids in (frame.opening, frame.closing))
+    assert opening == squeezed(("" if chat else "<s>") + composer.before + front)
+    assert closing == squeezed(back + composer.after)
+    whole = squeezed(tokenizer.decode(trial.prompt_ids))
+    assert whole.startswith(opening + squeezed(context)[:100]) and whole.endswith(squeezed(FACT.needle) + closing)
+
+
+def test_a_template_that_goes_on_without_a_space_is_tokenised_as_a_new_word():
+    tokenizer = trained("byte-level", *WORDS)
+    fact = FACT._replace(template="{haystack}Question: {question}")
+    closing = Composer(tokenizer, chat_template=False).frame(fact).closing
+    assert closing[: len(own := tokenizer("Question:", add_special_tokens=False).input_ids)] == own
+
+
+@pytest.mark.parametrize("template", ["{haystack}", "{question}", "{haystack} {haystack} {question}", ""])
+def test_a_template_without_its_two_places_is_refused(template):
+    with pytest.raises(ValueError, match=r"template: expected {haystack} and {question} once each"):
+        compose(trained("byte-level", *WORDS), facts=(FACT._replace(template=template),))
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_prompt_suffix_ends_the_users_message(tokenizer, chat):
+    composer = Composer(tokenizer, chat_template=chat, prompt_suffix=" in summer")
+    closing = tokenizer.decode(composer.frame(FACT).closing)
+    assert squeezed(closing) == squeezed(f"{FACT.question} in summer{composer.after}{FACT.lead}")
+
+
+def test_only_the_evidence_of_a_needle_is_scored(tokenizer):
+    for evidence in ("The magic number", "magic number for", "Laura is 48213."):
+        fact = FACT._replace(evidence=evidence)
+        trial, _ = compose(tokenizer, facts=(OTHER, fact), depths=[30, 60], asked=1)
+        assert squeezed(tokenizer.decode(trial.prompt_ids[slice(*trial.needle_span)])) == squeezed(evidence)
+        assert trial.needle == evidence
+        assert squeezed(FACT.needle) in squeezed(tokenizer.decode(trial.prompt_ids))
+
+
 def test_a_foil_is_the_answer_of_another_fact_of_the_group():
     facts = [FACT._replace(id=str(i), answer=answer) for i, answer in enumerate(["1", "1", "2"])]
     other_kind = FACT._replace(id="3", answer="Rome", group="city")
     assert [foil_of(fact, [*facts, other_kind]) for fact in (*facts, other_kind)] == ["2", "2", "1", None]
+    assert foil_of(other_kind._replace(foil="Paris"), facts) == "Paris"

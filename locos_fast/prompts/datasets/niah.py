@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -54,21 +54,17 @@ def _fact(entry: dict[str, Any], place: str, number: int, part: str) -> Fact:
 
 
 def part_of(needle: str, copied: str) -> tuple[int, int] | None:
-    """Where in a needle a span stands that was copied from it, in characters: as it is, with other capitals, or the
-    words in a row of which most are its words; None if those are fewer than half."""
+    """Where in a needle a span stands that was copied from it, in characters: as it is, with other capitals, or
+    from the first to the last word that both have in the same order; None if those are fewer than half."""
     if found := re.search(re.escape(copied), needle) or re.search(re.escape(copied), needle, re.IGNORECASE):
         return found.span()
     words = list(re.finditer(r"\w+", needle))
-    wanted = Counter(word.casefold() for word in re.findall(r"\w+", copied))
-    length = min(wanted.total(), len(words))
-    shares = [
-        (Counter(word[0].casefold() for word in words[i : i + length]) & wanted).total()
-        for i in range(len(words) - length + 1)
-    ]
-    if not length or max(shares) < SHARE_FOUND * wanted.total():
+    wanted = [word.casefold() for word in re.findall(r"\w+", copied)]
+    matcher = SequenceMatcher(None, [word[0].casefold() for word in words], wanted, autojunk=False)
+    blocks = [block for block in matcher.get_matching_blocks() if block.size]
+    if not blocks or sum(block.size for block in blocks) < SHARE_FOUND * len(wanted):
         return None
-    first = shares.index(max(shares))
-    return words[first].start(), words[first + length - 1].end()
+    return words[blocks[0].a].start(), words[blocks[-1].a + blocks[-1].size - 1].end()
 
 
 def _text(folder: Path, part: str) -> str:
