@@ -55,7 +55,7 @@ def _download(published: Published, hub_id: str, target: Path) -> None:
         )
     except Exception as error:  # whatever a missing network makes the hub's client raise
         reason = first_line(error)
-        raise ValueError(f"data: cannot download {hub_id} ({reason}); {published.by_hand(target)}") from error
+        raise ValueError(f"data: cannot download {hub_id}; {published.by_hand(target)} ({reason})") from error
     needed = [pattern for pattern in published.files if not pattern.startswith("LICENSE")]
     if lacking := [pattern for pattern in needed if not any(target.glob(pattern))]:  # offline it takes what is there
         raise ValueError(f"data: {hub_id} came without {lacking[0]}; {published.by_hand(target)}")

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from locos_fast.prompts.chat_template import around_message
 from locos_fast.prompts.compose import TokenisedText, tokenise
 from locos_fast.prompts.text_segments import SENTENCE_END
 from locos_fast.prompts.trials import Trial
 
-HERE = "<<<HERE>>>"  # stands for the user's message while a chat template is cut in two
 IN_FRONT = "one"  # of a piece while it is tokenised: no vocabulary joins it with a space or a newline
 IN_FRONT_OF_WORDS = f"{IN_FRONT}\n"  # of a piece that begins without white space
 CHARACTERS_IN_FRONT = 200  # of an answer while it is tokenised
@@ -121,7 +121,7 @@ class Composer:
 
     def __init__(self, tokenizer: Any, *, chat_template: bool, prompt_suffix: str = "") -> None:
         self.tokenizer = tokenizer
-        self.before, self.after = _chat(tokenizer) if chat_template else ("", "")
+        self.before, self.after = around_message(tokenizer) if chat_template else ("", "")
         self.prompt_suffix = prompt_suffix
 
     def compose(
@@ -264,16 +264,3 @@ def _covering(tokens: TokenisedText, start: int, end: int) -> tuple[int, int]:
 
 def _moved(span: tuple[int, int], by: int) -> tuple[int, int]:
     return span[0] + by, span[1] + by
-
-
-def _chat(tokenizer: Any) -> tuple[str, str]:
-    """What a chat template puts before and behind the user's message, up to where the reply begins."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("chat template: this tokenizer has none; --no-chat-template asks without one")
-    whole = tokenizer.apply_chat_template(
-        [{"role": "user", "content": HERE}], tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
-    before, found, after = whole.partition(HERE)
-    if not found:
-        raise ValueError("chat template: it does not keep the user's message as it is")
-    return before, after

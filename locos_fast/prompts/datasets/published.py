@@ -35,8 +35,10 @@ class Published(NamedTuple):
 
     def missing(self, folder: Path, what: str) -> ValueError:
         """The error for something that the folder lacks, with the way to get it."""
-        command = f"`locos-fast data get {self.name} --out {folder}` gets it; " if self.hub_id else ""
-        return ValueError(f"dataset: {self.name}: {folder} has no {what}; {command}{self.by_hand(folder)}")
+        command = f"`locos-fast data get {self.name} --out {folder}` gets it"
+        return ValueError(
+            f"dataset: {self.name}: {folder} has no {what}; {command if self.hub_id else self.by_hand(folder)}"
+        )
 
 
 NIAH = Published(
