@@ -63,6 +63,12 @@ def scan(
         int, typer.Option(min=1, help="Hide that many needles, evenly spaced, in one context and ask for each.")
     ] = 1,
     norm: Annotated[str, typer.Option(help="none, the published score, or frozen, true logit units.")] = "none",
+    protocol: Annotated[
+        str,
+        typer.Option(help="teacher: the answer is given, one pass scores it; generate: the model answers by itself."),
+    ] = "teacher",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a generated reply.")] = 50,
+    max_thinking_tokens: Annotated[int, typer.Option(min=0, help="Of a generated reply, on top of those.")] = 0,
     gate: Annotated[bool, typer.Option(help="Count only trials that the model itself answers right.")] = True,
     chat_template: Annotated[
         bool | None, typer.Option(help="Ask as a chat, thinking off; the default if the tokenizer has a template.")
@@ -83,13 +89,21 @@ def scan(
 ) -> None:
     """Score every head of a model on many trials; the results survive being interrupted."""
     from locos_fast.models.loading import ModelSource
+    from locos_fast.scans.attempt import Method
     from locos_fast.scans.manifest import Shard
     from locos_fast.scans.run import scan as run_scan
     from locos_fast.scans.store import ScanFolder
     from locos_fast.scoring.directions import check_norm
     from locos_fast.scoring.result_folder import check_writable
 
-    unit, part = check_norm(norm), None if shard is None else Shard.parse(shard)
+    part = None if shard is None else Shard.parse(shard)
+    method = Method(
+        protocol,  # type: ignore[arg-type]  # checked there
+        check_norm(norm),
+        gate,
+        max_new_tokens=max_new_tokens,
+        max_thinking_tokens=max_thinking_tokens,
+    )
     ScanFolder(out).check_free(resume=resume)
     check_writable(out)
     composed_for = trials_of(
@@ -112,7 +126,8 @@ def scan(
     for note in notes:
         _note(note)
     with_cache = beginnings_fit(source, trials)
-    network, _ = load_model(source, max(len(t.prompt_ids) + len(t.answer_ids) for t in trials), "lengths")
+    longest = max(len(t.prompt_ids) + max(len(t.answer_ids), method.reply_tokens) for t in trials)
+    network, _ = load_model(source, longest, "lengths")
     if with_cache is not None and not with_cache.fits:
         _note(str(with_cache))
     check_vocabulary(network, chain.from_iterable((*t.prompt_ids, *t.answer_ids) for t in trials))
@@ -122,8 +137,7 @@ def scan(
             tokenizer,
             trials,
             out,
-            norm=unit,
-            gate=gate,
+            method=method,
             config=config | {"revision": revision},
             shard=part,
             resume=resume,

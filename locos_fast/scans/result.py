@@ -50,7 +50,7 @@ def conclude(folder: ScanFolder) -> Scan:
     cells = _cells(entries, lines)
     scored = [entry for entry in entries if lines.get(entry["key"], {}).get("status") == "scored"]
     if not scored:
-        raise ValueError(_why_nothing(entries, lines, statuses))
+        raise ValueError(why_nothing(folder, {}))
     stacks = {name: stack.astype(np.float64) for name, stack in folder.read_arrays([e["key"] for e in scored]).items()}
     interval, found = bootstrap(stacks["score"]), agreement(stacks["score"])
     statistics: dict[str, Any] = {name: value if _finite(value) else None for name, value in found._asdict().items()}
@@ -92,15 +92,26 @@ def _cells(entries: list[dict[str, Any]], lines: dict[str, dict[str, Any]]) -> l
     return [Cell(*cell, ended[cell], passed[cell]) for cell in sorted(ended)]
 
 
-def _why_nothing(entries: list[dict[str, Any]], lines: dict[str, dict[str, Any]], statuses: Counter[str]) -> str:
+def why_nothing(folder: ScanFolder, replies: dict[str, str]) -> str:
+    """Why no trial counts: how the trials ended, and what was said where another answer was wanted.
+
+    replies: what the model says to some of the trials, by their keys; else what their lines tell.
+    """
+    entries, lines = folder.read_manifest()["trials"], folder.lines()
+    statuses = Counter(lines[entry["key"]]["status"] if entry["key"] in lines else "open" for entry in entries)
     counts = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
+    gated = [entry for entry in entries if lines.get(entry["key"], {}).get("status") == "gated"]
+    gated.sort(key=lambda entry: entry["key"] not in replies)
     said = [
-        f"for {entry['answer']!r} the model says {''.join(lines[entry['key']]['predicted']).strip()!r}"
-        for entry in entries
-        if lines.get(entry["key"], {}).get("status") == "gated"
+        f"for {entry['answer']!r} the model says {replies.get(entry['key'], _said(lines[entry['key']])).strip()!r}"
+        for entry in gated
     ]
     reasons = [line["reason"] for line in lines.values() if "reason" in line]
     return f"no trial counts ({counts}): {'; '.join([*said, *reasons][:SHOWN_MISSES]) or 'none has been run'}"
+
+
+def _said(line: dict[str, Any]) -> str:
+    return line["generated"] if "generated" in line else "".join(line["predicted"])
 
 
 def _finite(value: float) -> bool:

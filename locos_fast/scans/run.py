@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from transformers import PreTrainedModel
 
-from locos_fast.models.architecture import UnsupportedModelError
-from locos_fast.models.attention_registry import RecordingError
 from locos_fast.models.description import describe_model
 from locos_fast.models.foreign_errors import is_out_of_memory
 from locos_fast.models.prefix_cache import PrefixCache
-from locos_fast.models.token_chunks import TOKENS_PER_CHUNK
 from locos_fast.prompts.prefix_tree import PrefixNode
 from locos_fast.prompts.trials import Trial
+from locos_fast.scans.attempt import Attempts, Method, Outcome, free_memory
 from locos_fast.scans.manifest import Manifest, Shard
-from locos_fast.scans.result import Scan, conclude
+from locos_fast.scans.result import Scan, conclude, why_nothing
 from locos_fast.scans.store import DONE, Arrays, ScanFolder, Status
-from locos_fast.scoring.diagnosis import doubt, verdict_of
-from locos_fast.scoring.directions import Norm, check_norm
-from locos_fast.scoring.head_scores import HeadScores
-from locos_fast.scoring.prompt_parts import PromptParts
-from locos_fast.scoring.score import score_tokens
 from locos_fast.scoring.scorer import Tokenizer
 from locos_fast.scoring.shared_prefixes import behind_shared_prefixes, trial_tree
 
 FLUSH_TRIALS, FLUSH_SECONDS = 16, 5.0  # what a killed process may lose
-SMALL_TOKEN_CHUNK = 512  # of the second attempt, when memory did not suffice
+SHOWN_REPLIES = 3  # where no trial counts
 
 
 class Progress(NamedTuple):
@@ -47,33 +37,24 @@ class Progress(NamedTuple):
     seconds: float
 
 
-class Outcome(NamedTuple):
-    """How one trial ended: its status, what its line says, and its scores if it counts."""
-
-    status: Status
-    line: dict[str, Any]
-    arrays: Arrays
-
-
 def scan(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
     trials: Sequence[Trial],
     out: str | Path,
     *,
-    norm: Norm = "none",
-    gate: bool = True,
+    method: Method = Method(),  # noqa: B008
     config: dict[str, Any] | None = None,
     shard: Shard | None = None,
     resume: bool = False,
     share_prefixes: bool = True,
-    token_chunk: int | None = TOKENS_PER_CHUNK,
     progress: Callable[[Progress], None] = lambda _: None,
     notice: Callable[[str], None] = lambda _: None,
 ) -> Scan:
-    """Score every head on many trials, teacher-forced, into the folder `out`; returns the means over those that count.
+    """Score every head on many trials, by every detector, into the folder `out`; returns the means over those that
+    count.
 
-    gate: a trial counts only if the model's own largest logit is the answer's token at every answer step.
+    method: the protocol, the gate and the norm.
     config: what else the trials depend on (data set, seed ...), kept in the folder. shard: the part to run.
     resume: continue a scan that the folder holds; trials that failed or lacked memory are tried again.
     progress is called after every trial, notice with a sentence about what was repaired.
@@ -86,8 +67,8 @@ def scan(
     models that cannot be scored. On KeyboardInterrupt what is done is written before it is raised again.
     """
     folder = ScanFolder(Path(out))
-    what = {"protocol": "teacher", "gate": gate, "norm": check_norm(norm), **describe_model(model), **(config or {})}
-    manifest = Manifest.of(what, trials)
+    manifest = Manifest.of({**method.as_config(), **describe_model(model), **(config or {})}, trials)
+    attempts = Attempts(model, tokenizer, method)
     with folder.locked():
         if repaired := folder.begin(manifest.as_dict(), resume=resume):
             notice(repaired)
@@ -95,16 +76,22 @@ def scan(
         mine = (shard or Shard(0, 1)).slice_of(list(tree.sequences()))
         writer = Writer(folder, manifest, mine, progress)
         skip = writer.not_to_run()
-        walk = _walk(model, trials, tree, token_chunk, skip) if share_prefixes else _each_alone(tree, skip)
+        walk = _walk(model, trials, tree, method.token_chunk, skip) if share_prefixes else _each_alone(tree, skip)
         try:
             for number, prefix in walk:
-                outcome = _attempt(model, trials[number], norm, gate, prefix, token_chunk)
-                predicted = outcome.line.get("predicted_ids", [])
-                text = {"predicted": [tokenizer.decode([token]) for token in predicted]}
-                writer.add(number, outcome._replace(line={**outcome.line, **text}))
+                writer.add(number, attempts.attempt(trials[number], prefix))
         finally:
             writer.flush()
+        if "scored" not in writer.status.values():
+            raise ValueError(why_nothing(folder, _replies(attempts, writer)))
         return conclude(folder)
+
+
+def _replies(attempts: Attempts, writer: Writer) -> dict[str, str]:
+    """What the model says to some of the trials that it gets wrong, by their keys."""
+    keyed = zip(writer.manifest.keys, writer.manifest.trials, strict=True)
+    wrong = [(key, trial) for key, trial in keyed if writer.status.get(key) == "gated"]
+    return {key: attempts.reply(trial) for key, trial in wrong[:SHOWN_REPLIES]}
 
 
 class Writer:
@@ -170,79 +157,9 @@ def _walk(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-    _free_memory()  # out here, where the error no longer holds the cache
+    free_memory()  # out here, where the error no longer holds the cache
     yield from _each_alone(tree, handed)
 
 
 def _each_alone(tree: PrefixNode, skip: set[int]) -> Iterator[tuple[int, None]]:
     return ((number, None) for number in tree.sequences() if number not in skip)
-
-
-def _attempt(
-    model: PreTrainedModel, trial: Trial, norm: Norm, gate: bool, prefix: PrefixCache | None, token_chunk: int | None
-) -> Outcome:
-    """One trial: as it is, and where memory does not suffice once more in a smaller way."""
-    found = _score(model, trial, norm, prefix, token_chunk)
-    if isinstance(found, Exception) and is_out_of_memory(found):
-        del found
-        _free_memory()
-        found = _score(model, trial, norm, None, SMALL_TOKEN_CHUNK)
-    return _outcome(found, gate)
-
-
-def _score(
-    model: PreTrainedModel, trial: Trial, norm: Norm, prefix: PrefixCache | None, token_chunk: int | None
-) -> HeadScores | Exception:
-    """The scores, or why there are none for this trial."""
-    ids = trial.input_ids.to(model.get_input_embeddings().weight.device)
-    try:
-        scores = score_tokens(
-            model,
-            ids,
-            trial.needle_span,
-            trial.answer_positions,
-            norm=norm,
-            prefix=prefix,
-            token_chunk=token_chunk,
-            parts=PromptParts.of(trial),
-        )
-        if norm == "frozen" and verdict_of(scores.meta["completeness"], model.dtype) == "wrong":
-            raise ValueError(f"completeness: {doubt(scores.meta['completeness'], model.dtype)}")
-        return _without_doubtful(scores, model.dtype)
-    except (UnsupportedModelError, RecordingError):
-        raise
-    except (ValueError, RuntimeError, ArithmeticError, IndexError, MemoryError) as error:
-        return error.with_traceback(None)  # whose frames would hold what did not fit
-
-
-def _without_doubtful(scores: HeadScores, dtype: torch.dtype) -> HeadScores:
-    """Without the scores in logits that come along if they do not add up to the model's logit."""
-    completeness = scores.meta.get("frozen_completeness")
-    if completeness is None or verdict_of(completeness, dtype) != "wrong":
-        return scores
-    kept = {name: array for name, array in scores.others.items() if "frozen" not in name}
-    doubtful = {"frozen_unavailable": doubt(completeness, dtype)}
-    return dataclasses.replace(scores, others=kept, meta=scores.meta | doubtful)
-
-
-def _outcome(scores: HeadScores | Exception, gate: bool) -> Outcome:
-    if isinstance(scores, Exception):
-        return _failure("out-of-memory" if is_out_of_memory(scores) else "failed", scores)
-    predicted, answer = scores.meta["predicted_ids"], scores.meta["answer_ids"]
-    line = {"predicted_ids": predicted, "answer_ids": answer, "prefix_tokens": scores.meta["prefix_tokens"]}
-    if reason := scores.meta.get("frozen_unavailable"):
-        line["frozen_unavailable"] = reason
-    if gate and predicted != answer:
-        return Outcome("gated", line, {})
-    return Outcome("scored", line, {name: scores.array(name).astype(np.float32) for name in scores.names})
-
-
-def _failure(status: Status, error: Exception) -> Outcome:
-    text = str(error).strip()
-    reason = text.splitlines()[0] if text else type(error).__name__
-    return Outcome(status, {"reason": reason}, {})
-
-
-def _free_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -10,7 +10,7 @@ import pytest
 
 from locos_fast import HeadScores, planted
 from locos_fast.cli import app as cli
-from locos_fast.scans import run as scans
+from locos_fast.scans import attempt
 from tests.oracles.planted_scan import MODEL, scan_command, write_planted_scan
 
 
@@ -50,16 +50,16 @@ def test_tables_say_the_best_heads_the_gate_and_where_the_files_are(capsys, monk
 
 
 def test_interrupted_it_exits_with_130_and_resumes(capsys, monkeypatch, folder, tmp_path) -> None:
-    real, calls = scans._score, []
+    real, calls = attempt.score_tokens, []
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         calls.append(1)
         if len(calls) == 10:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, **options)
 
     run(capsys, monkeypatch, scan_command(folder, tmp_path / "whole"))
-    monkeypatch.setattr(scans, "_score", interrupted)
+    monkeypatch.setattr(attempt, "score_tokens", interrupted)
     code, _, err = run(capsys, monkeypatch, scan_command(folder, tmp_path / "x"))
     assert code == 130 and "--resume continues" in err and "Traceback" not in err
     assert len((tmp_path / "x" / "trials.jsonl").read_text().splitlines()) == 9

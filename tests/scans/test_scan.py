@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 
 from locos_fast import HeadScores, LocosScorer, planted
 from locos_fast.prompts.trials import Trial
-from locos_fast.scans import run
+from locos_fast.scans import attempt
+from locos_fast.scans.attempt import Method
 from locos_fast.scans.manifest import Manifest, Shard
 from locos_fast.scans.merge import merge
 from locos_fast.scans.run import scan
@@ -76,7 +77,7 @@ def test_trials_that_the_model_answers_wrong_do_not_count(model, trials, tmp_pat
     assert gated.statuses == {"scored": 8, "gated": 1}
     assert sum(cell.ended - cell.passed for cell in gated.cells) == 1
     assert_same(gated.scores, scan(model.model, model.tokenizer, trials, tmp_path / "right").scores)
-    everything = scan(model.model, model.tokenizer, [*trials, wrong], tmp_path / "open", gate=False)
+    everything = scan(model.model, model.tokenizer, [*trials, wrong], tmp_path / "open", method=Method(gate=False))
     assert everything.statuses == {"scored": 9}
 
 
@@ -116,7 +117,7 @@ def test_a_scan_resumes_its_own_configuration_and_trials_only(model, trials, tmp
     with pytest.raises(FileExistsError, match="already holds a scan; --resume"):
         scan(model.model, model.tokenizer, trials, tmp_path / "x", config={"seed": 1})
     with pytest.raises(ValueError, match='norm was "none", is "frozen"; seed was 1, is 2'):
-        scan(model.model, model.tokenizer, trials, tmp_path / "x", config={"seed": 2}, norm="frozen", resume=True)
+        scan(model.model, model.tokenizer, trials, tmp_path / "x", config={"seed": 2}, method=Method(norm="frozen"), resume=True)
     with pytest.raises(ValueError, match="other trials"):
         scan(model.model, model.tokenizer, trials[1:], tmp_path / "x", config={"seed": 1}, resume=True)
     scan(model.model, model.tokenizer, trials, tmp_path / "y", config={"seed": 2})
@@ -167,7 +168,7 @@ def test_a_scan_of_another_schema_is_refused(model, trials, tmp_path: Path) -> N
 
 def lacking_memory(monkeypatch: pytest.MonkeyPatch, which: Trial, *, times: int) -> list[int | None]:
     """Scoring the trial `which` runs out of memory that many times; returns the chunks it was tried with."""
-    real, chunks = run.score_tokens, []
+    real, chunks = attempt.score_tokens, []
 
     def score(model, input_ids, needle_span, answer_positions, **options):
         if torch.equal(input_ids, which.input_ids):
@@ -176,14 +177,14 @@ def lacking_memory(monkeypatch: pytest.MonkeyPatch, which: Trial, *, times: int)
                 torch.empty(2**60, dtype=torch.uint8)  # more than any machine has
         return real(model, input_ids, needle_span, answer_positions, **options)
 
-    monkeypatch.setattr(run, "score_tokens", score)
+    monkeypatch.setattr(attempt, "score_tokens", score)
     return chunks
 
 
 def test_a_trial_that_lacks_memory_is_tried_in_a_smaller_way(model, trials, tmp_path, monkeypatch) -> None:
     chunks = lacking_memory(monkeypatch, trials[2], times=1)
     assert scan(model.model, model.tokenizer, trials, tmp_path).statuses == {"scored": 8}
-    assert chunks[1] == run.SMALL_TOKEN_CHUNK < chunks[0]
+    assert chunks[1] == attempt.SMALL_TOKEN_CHUNK < chunks[0]
 
 
 def test_a_trial_that_still_lacks_memory_is_recorded_and_tried_again_on_resume(
@@ -217,10 +218,10 @@ def test_a_trial_that_fails_says_why_and_the_others_go_on(model, trials, tmp_pat
 
 
 def test_frozen_scores_that_do_not_add_up_to_the_logit_do_not_count(model, trials, tmp_path, monkeypatch) -> None:
-    assert scan(model.model, model.tokenizer, trials[:2], tmp_path / "x", norm="frozen").statuses == {"scored": 2}
-    monkeypatch.setattr(run, "verdict_of", lambda *_: "wrong")
+    assert scan(model.model, model.tokenizer, trials[:2], tmp_path / "x", method=Method(norm="frozen")).statuses == {"scored": 2}
+    monkeypatch.setattr(attempt, "verdict_of", lambda *_: "wrong")
     with pytest.raises(ValueError, match=r"no trial counts \(2 failed\): completeness: "):
-        scan(model.model, model.tokenizer, trials[:2], tmp_path / "y", norm="frozen")
+        scan(model.model, model.tokenizer, trials[:2], tmp_path / "y", method=Method(norm="frozen"))
 
 
 def test_a_manifest_refuses_no_trials_and_the_same_one_twice(trials) -> None:

@@ -1,0 +1,205 @@
+"""One trial of a scan, tried: how it ended, what is to be said of it, and its scores if it counts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from locos_fast.models.architecture import UnsupportedModelError
+from locos_fast.models.attention_registry import RecordingError
+from locos_fast.models.foreign_errors import is_out_of_memory
+from locos_fast.models.generation import StopRules, generate_greedily
+from locos_fast.models.prefix_cache import PrefixCache
+from locos_fast.models.token_chunks import TOKENS_PER_CHUNK
+from locos_fast.prompts.trials import Trial
+from locos_fast.scans.store import Arrays, Status
+from locos_fast.scoring.answer_steps import find_answer_steps
+from locos_fast.scoring.diagnosis import doubt, verdict_of
+from locos_fast.scoring.directions import Norm, check_norm
+from locos_fast.scoring.head_scores import HeadScores, check_count
+from locos_fast.scoring.prompt_parts import PromptParts
+from locos_fast.scoring.rouge_gate import passes, rouge_1_recall
+from locos_fast.scoring.score import score_tokens
+
+Protocol = Literal["teacher", "generate"]
+
+SMALL_TOKEN_CHUNK = 512  # of the second attempt, when memory did not suffice
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What is done with every trial.
+
+    protocol         "teacher": one forward pass over the prompt and the answer; the gate is that the model's own
+                     largest logit is the answer's token at every answer step. "generate": the model answers greedily,
+                     and the tokens with which it gives the answer are scored; the gate is ROUGE-1 recall above a half.
+    norm             of the six published arrays, see `score_tokens`
+    gate             whether trials that do not pass are left out
+    max_new_tokens, max_thinking_tokens  of a generated reply
+    token_chunk      see `score_tokens`
+    Raises ValueError for a protocol or norm that there is not.
+    """
+
+    protocol: Protocol = "teacher"
+    norm: Norm = "none"
+    gate: bool = True
+    max_new_tokens: int = 50
+    max_thinking_tokens: int = 0
+    token_chunk: int | None = TOKENS_PER_CHUNK
+
+    def __post_init__(self) -> None:
+        check_norm(self.norm)
+        if self.protocol not in get_args(Protocol):
+            raise ValueError(f"protocol: expected {' or '.join(get_args(Protocol))}, got {self.protocol!r}")
+        check_count("max_new_tokens", self.max_new_tokens)
+
+    def as_config(self) -> dict[str, Any]:
+        """What scores depend on of it."""
+        generating = {"max_new_tokens": self.max_new_tokens, "max_thinking_tokens": self.max_thinking_tokens}
+        of_protocol = generating if self.protocol == "generate" else {}
+        return {"protocol": self.protocol, "gate": self.gate, "norm": self.norm} | of_protocol
+
+
+class Outcome(NamedTuple):
+    """How one trial ended: its status, what its line says, and its scores if it counts."""
+
+    status: Status
+    line: dict[str, Any]
+    arrays: Arrays
+
+
+class Attempts:
+    """Tries trials on one model."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, method: Method) -> None:
+        self.model, self.tokenizer, self.method = model, tokenizer, method
+
+    def attempt(self, trial: Trial, prefix: PrefixCache | None) -> Outcome:
+        """One trial: as it is, and where memory does not suffice once more in a smaller way."""
+        found = self._tried(trial, prefix, self.method.token_chunk)
+        if isinstance(found, Exception) and is_out_of_memory(found):
+            del found
+            free_memory()
+            found = self._tried(trial, None, SMALL_TOKEN_CHUNK)
+        if isinstance(found, Exception):
+            return _failure("out-of-memory" if is_out_of_memory(found) else "failed", found)
+        return found
+
+    def reply(self, trial: Trial) -> str:
+        """What the model says to a trial's prompt."""
+        stop = StopRules.of(self.model, self.tokenizer)
+        said = generate_greedily(self.model, trial.prompt_ids, stop=stop, max_new_tokens=self.method.max_new_tokens)
+        return str(self.tokenizer.decode(said.ids))
+
+    def _tried(self, trial: Trial, prefix: PrefixCache | None, token_chunk: int | None) -> Outcome | Exception:
+        by_protocol: dict[Protocol, Callable[..., Outcome]] = {"teacher": self._teacher, "generate": self._generate}
+        try:
+            return by_protocol[self.method.protocol](trial, prefix, token_chunk)
+        except (UnsupportedModelError, RecordingError):
+            raise
+        except (ValueError, RuntimeError, ArithmeticError, IndexError, MemoryError) as error:
+            return error.with_traceback(None)  # whose frames would hold what did not fit
+
+    def _teacher(self, trial: Trial, prefix: PrefixCache | None, token_chunk: int | None) -> Outcome:
+        parts = PromptParts.of(trial)
+        scores = self._score(trial, trial.input_ids, trial.answer_positions, parts, prefix, token_chunk)
+        predicted, answer = scores.meta["predicted_ids"], scores.meta["answer_ids"]
+        line = {
+            "predicted_ids": predicted,
+            "answer_ids": answer,
+            "predicted": [self.tokenizer.decode([token]) for token in predicted],
+        }
+        return _outcome(scores, line, passed=predicted == answer or not self.method.gate)
+
+    def _generate(self, trial: Trial, prefix: PrefixCache | None, token_chunk: int | None) -> Outcome:
+        """The reply is scored as if it had been given, behind the same beginning: one more forward pass over what
+        follows that, while generating is not observed at all."""
+        stop = StopRules.of(self.model, self.tokenizer, max_thinking_tokens=self.method.max_thinking_tokens)
+        reply = generate_greedily(
+            self.model,
+            trial.prompt_ids,
+            prefix=prefix,
+            stop=stop,
+            max_new_tokens=self.method.max_new_tokens,
+            token_chunk=token_chunk,
+        )
+        said = str(self.tokenizer.decode(reply.said_ids))
+        steps = find_answer_steps(
+            self.tokenizer, reply.ids, trial.answer, trial.answer_ids, thinking=reply.thinking
+        )
+        line = {
+            "generated_ids": reply.ids,
+            "generated": said,
+            "ended_by": reply.reason,
+            "rouge_1_recall": rouge_1_recall(trial.answer, said),
+            "answer_steps": steps,
+        }
+        if not steps or (self.method.gate and not passes(trial.answer, said)):
+            return Outcome("gated", line, {})
+        prompt = len(trial.prompt_ids)
+        ids = torch.tensor([[*trial.prompt_ids, *reply.ids[: steps[-1] + 1]]])
+        parts = PromptParts.of(trial)
+        if [reply.ids[step] for step in steps] != trial.answer_ids:  # the foil's tokens stand in the places of those
+            parts = parts._replace(foil_ids=None)
+        scores = self._score(trial, ids, [prompt + step for step in steps], parts, prefix, token_chunk)
+        return _outcome(scores, line, passed=True)
+
+    def _score(
+        self,
+        trial: Trial,
+        ids: Tensor,
+        positions: list[int],
+        parts: PromptParts,
+        prefix: PrefixCache | None,
+        token_chunk: int | None,
+    ) -> HeadScores:
+        norm, dtype = self.method.norm, self.model.dtype
+        scores = score_tokens(
+            self.model,
+            ids.to(self.model.get_input_embeddings().weight.device),
+            trial.needle_span,
+            positions,
+            norm=norm,
+            prefix=prefix,
+            token_chunk=token_chunk,
+            parts=parts,
+        )
+        if norm == "frozen" and verdict_of(scores.meta["completeness"], dtype) == "wrong":
+            raise ValueError(f"completeness: {doubt(scores.meta['completeness'], dtype)}")
+        return _without_doubtful(scores, dtype)
+
+
+def _without_doubtful(scores: HeadScores, dtype: torch.dtype) -> HeadScores:
+    """Without the scores in logits that come along if they do not add up to the model's logit."""
+    completeness = scores.meta.get("frozen_completeness")
+    if completeness is None or verdict_of(completeness, dtype) != "wrong":
+        return scores
+    kept = {name: array for name, array in scores.others.items() if "frozen" not in name}
+    doubtful = {"frozen_unavailable": doubt(completeness, dtype)}
+    return dataclasses.replace(scores, others=kept, meta=scores.meta | doubtful)
+
+
+def _outcome(scores: HeadScores, line: dict[str, Any], *, passed: bool) -> Outcome:
+    line |= {"prefix_tokens": scores.meta["prefix_tokens"]}
+    if reason := scores.meta.get("frozen_unavailable"):
+        line["frozen_unavailable"] = reason
+    if not passed:
+        return Outcome("gated", line, {})
+    return Outcome("scored", line, {name: scores.array(name).astype(np.float32) for name in scores.names})
+
+
+def _failure(status: Status, error: Exception) -> Outcome:
+    text = str(error).strip()
+    reason = text.splitlines()[0] if text else type(error).__name__
+    return Outcome(status, {"reason": reason}, {})
+
+
+def free_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
