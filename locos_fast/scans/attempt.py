@@ -59,6 +59,11 @@ class Method:
             raise ValueError(f"protocol: expected {' or '.join(get_args(Protocol))}, got {self.protocol!r}")
         check_count("max_new_tokens", self.max_new_tokens)
 
+    @property
+    def reply_tokens(self) -> int:
+        """How long a generated reply may become; 0 where none is."""
+        return self.max_new_tokens + self.max_thinking_tokens if self.protocol == "generate" else 0
+
     def as_config(self) -> dict[str, Any]:
         """What scores depend on of it."""
         generating = {"max_new_tokens": self.max_new_tokens, "max_thinking_tokens": self.max_thinking_tokens}
@@ -130,9 +135,7 @@ class Attempts:
             token_chunk=token_chunk,
         )
         said = str(self.tokenizer.decode(reply.said_ids))
-        steps = find_answer_steps(
-            self.tokenizer, reply.ids, trial.answer, trial.answer_ids, thinking=reply.thinking
-        )
+        steps = find_answer_steps(self.tokenizer, reply.ids, trial.answer, trial.answer_ids, thinking=reply.thinking)
         line = {
             "generated_ids": reply.ids,
             "generated": said,

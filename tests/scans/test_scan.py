@@ -16,7 +16,7 @@ from locos_fast.scans import attempt
 from locos_fast.scans.attempt import Method
 from locos_fast.scans.manifest import Manifest, Shard
 from locos_fast.scans.merge import merge
-from locos_fast.scans.run import scan
+from locos_fast.scans.run import Progress, scan
 from locos_fast.scans.store import ScanFolder
 from locos_fast.scoring.head_scores import ARRAYS
 from tests.oracles.planted_trials import make_trials
@@ -50,7 +50,7 @@ def stop_after(count: int):
     """A `progress` that presses Ctrl-C after that many trials."""
     seen = []
 
-    def progress(now: run.Progress) -> None:
+    def progress(now: Progress) -> None:
         seen.append(now)
         if len(seen) == count:
             raise KeyboardInterrupt
@@ -94,7 +94,7 @@ def test_an_interrupted_scan_keeps_what_is_done_and_resumes_to_the_byte(model, t
         with pytest.raises(KeyboardInterrupt):
             scan(model.model, model.tokenizer, trials, out, progress=stop_after(count))
         assert len(ScanFolder(out).lines()) == count
-        seen: list[run.Progress] = []
+        seen: list[Progress] = []
         scan(model.model, model.tokenizer, trials, out, resume=True, progress=seen.append)
         assert [now.done for now in seen] == list(range(count + 1, 9))
         assert bytes_of(out) == bytes_of(tmp_path / "whole")
@@ -117,7 +117,15 @@ def test_a_scan_resumes_its_own_configuration_and_trials_only(model, trials, tmp
     with pytest.raises(FileExistsError, match="already holds a scan; --resume"):
         scan(model.model, model.tokenizer, trials, tmp_path / "x", config={"seed": 1})
     with pytest.raises(ValueError, match='norm was "none", is "frozen"; seed was 1, is 2'):
-        scan(model.model, model.tokenizer, trials, tmp_path / "x", config={"seed": 2}, method=Method(norm="frozen"), resume=True)
+        scan(
+            model.model,
+            model.tokenizer,
+            trials,
+            tmp_path / "x",
+            config={"seed": 2},
+            method=Method(norm="frozen"),
+            resume=True,
+        )
     with pytest.raises(ValueError, match="other trials"):
         scan(model.model, model.tokenizer, trials[1:], tmp_path / "x", config={"seed": 1}, resume=True)
     scan(model.model, model.tokenizer, trials, tmp_path / "y", config={"seed": 2})
@@ -218,7 +226,9 @@ def test_a_trial_that_fails_says_why_and_the_others_go_on(model, trials, tmp_pat
 
 
 def test_frozen_scores_that_do_not_add_up_to_the_logit_do_not_count(model, trials, tmp_path, monkeypatch) -> None:
-    assert scan(model.model, model.tokenizer, trials[:2], tmp_path / "x", method=Method(norm="frozen")).statuses == {"scored": 2}
+    assert scan(model.model, model.tokenizer, trials[:2], tmp_path / "x", method=Method(norm="frozen")).statuses == {
+        "scored": 2
+    }
     monkeypatch.setattr(attempt, "verdict_of", lambda *_: "wrong")
     with pytest.raises(ValueError, match=r"no trial counts \(2 failed\): completeness: "):
         scan(model.model, model.tokenizer, trials[:2], tmp_path / "y", method=Method(norm="frozen"))
