@@ -45,7 +45,7 @@ def test_killed_at_three_random_moments_it_ends_with_the_same_bytes(tmp_path: Pa
     rng = random.Random(0)
     text = " ".join(" ".join(rng.choices(FILLERS, k=8)) + " ." for _ in range(30))
     composer, haystack = Composer(model.tokenizer, chat_template=False), Haystack.of(model.tokenizer, text)
-    trials = needle_trials(composer, haystack, facts, Grid([120, 200], [0, 50, 100]), limit=TRIALS, name="own")
+    trials = needle_trials(composer, {"": haystack}, facts, Grid([120, 200], [0, 50, 100]), limit=TRIALS, name="own")
 
     def work() -> None:
         run.scan(
