@@ -1,13 +1,15 @@
-"""python -m benchmarks: three suites. Each is checked, timed, printed, appended to its file of results and drawn.
+"""python -m benchmarks: four suites. Each is checked, timed, printed, appended to its file of results and drawn.
 
 kernels: the functions of locos_fast.ops on one attention layer, beside the per-step pipeline.
 model:   what scoring adds to the forward pass of a whole model with random weights, in time and memory.
 trial:   one scored example, beside the public LOCOS code, which you bring: --public DIR.
+scan:    trials per minute of the built-in model, eight needles to a context, beside one and the public code.
 
 On a GPU, in calls that should take under ten minutes each (estimated, not yet timed):
   --only kernels --geometry NAME    one for each geometry
   --only model --context 4096 8192 32768, then --context 102400, then --context 131072
   --only trial
+  --only scan
 then --report --notes, which needs no GPU.
 """
 
@@ -21,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import kernels_suite, machine, model_suite, notes, plots, results_file, trial_suite
+from benchmarks import kernels_suite, machine, model_suite, notes, plots, results_file, scan_suite, trial_suite
 from benchmarks.geometries import GEOMETRIES
 from benchmarks.measurements import Results
 from benchmarks.results_file import Origin
@@ -29,7 +31,7 @@ from benchmarks.suite import Refused, Suite
 from benchmarks.terminal import console, table
 
 HERE = Path(__file__).resolve().parent
-SUITES = {suite.name: suite for suite in (kernels_suite.SUITE, model_suite.SUITE, trial_suite.SUITE)}
+SUITES = {suite.name: suite for suite in (kernels_suite.SUITE, model_suite.SUITE, trial_suite.SUITE, scan_suite.SUITE)}
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -49,7 +51,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         metavar="DIR",
         default=Path(public) if public else None,
-        help="a clone of github.com/aryopg/locos, for the trial suite; or LOCOS_PUBLIC in the environment",
+        help="a clone of github.com/aryopg/locos, for the suites trial and scan; or LOCOS_PUBLIC in the environment",
     )
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of SUITE.csv and SUITE-DEVICE.png")
     parser.add_argument("--notes", action="store_true", help="also replace this device's tables in benchmarks/NOTES.md")

@@ -10,6 +10,8 @@ import numpy as np
 TIME, WALL, MEMORY, BANDWIDTH = "time", "wall_time", "peak_extra_memory", "bandwidth"
 KERNELS = "kernel_time"  # of a provider's Triton kernels alone
 OVERHEAD, RATIO = "overhead", "ratio"
+RATE, OVER, PASSED = "trials_per_minute", "packed_over", "passed"  # of scans
+OVERLAP, SPEARMAN = "top10_overlap", "spearman"  # of two scans' heads: no timings
 UNITS = {
     TIME: "s",
     WALL: "s",
@@ -18,6 +20,11 @@ UNITS = {
     BANDWIDTH: "bytes/s",
     OVERHEAD: "fraction",
     RATIO: "times",
+    RATE: "1/min",
+    OVER: "times",
+    PASSED: "share",
+    OVERLAP: "share",
+    SPEARMAN: "correlation",
 }
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from benchmarks import rounds
@@ -86,12 +87,15 @@ def all_agree(public: PublicPipeline, device: str) -> bool:
 
 def agreement(subject: Subject, trial: Prepared) -> Agreement:
     assert trial.scorer is not None
-    ours, theirs = run_ours(subject, trial), run_public(trial)
+    what = f"scores of the public code, {subject.name}, {len(trial.example.answer_ids)} answer tokens"
+    return Agreement(what, gap(run_ours(subject, trial), run_public(trial)), TOLERANCE)
+
+
+def gap(ours: HeadScores, theirs: PublicScores) -> float:
+    """Largest difference of a score, L+ or L-, as a share of the largest score; NaN where one is."""
     pairs = ((ours.score, theirs.score), (ours.l_plus, theirs.l_plus), (ours.l_minus, theirs.l_minus))
     scale = abs(theirs.score).max()
-    worst = max(distance(own, other) * abs(other).max() / scale for own, other in pairs)
-    what = f"scores of the public code, {subject.name}, {len(trial.example.answer_ids)} answer tokens"
-    return Agreement(what, float(worst), TOLERANCE)
+    return float(np.max([distance(own, other) * abs(other).max() / scale for own, other in pairs]))
 
 
 class Prepared(NamedTuple):
