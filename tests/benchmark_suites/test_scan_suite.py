@@ -181,10 +181,9 @@ def test_a_space_in_front_of_the_answer_is_no_part_of_what_the_public_code_score
 @pytest.mark.real
 def test_trials_ask_for_the_same_numbers_at_the_same_depths():
     from locos_fast.models.loading import ModelSource
-    from locos_fast.prompts.haystacks import read_haystack
 
     tokenizer = ModelSource("smollm2").tokenizer()
-    packed, single = scan_cases.numbers(tokenizer, read_haystack("essays"), 2000, 8)
+    packed, single = scan_cases.numbers(tokenizer, 2000, 8)
     for name in ("answer", "question", "requested_depth"):
         assert [getattr(trial, name) for trial in packed] == [getattr(trial, name) for trial in single]
     assert {trial.length for trial in single} == {2000} and len({trial.answer for trial in packed}) == 8
