@@ -39,6 +39,7 @@ from benchmarks.timing import synchronise
 from benchmarks.trial_suite import TOLERANCE, gap
 from locos_fast import LocosScorer, Trial
 from locos_fast.models.foreign_errors import is_out_of_memory
+from locos_fast.scans.attempt import Method
 from locos_fast.scans.result import Scan, gate_rate
 from locos_fast.scans.run import scan
 
@@ -163,7 +164,9 @@ def take_turns(subject: ScanSubject, trials: Trials, public: PublicScorer | None
 def _scan(subject: ScanSubject, trials: list[Trial], *, gate: bool = True, share_prefixes: bool = True) -> Scan:
     with TemporaryDirectory() as folder:
         out = Path(folder) / "scan"
-        return scan(subject.model, subject.tokenizer, trials, out, gate=gate, share_prefixes=share_prefixes)
+        return scan(
+            subject.model, subject.tokenizer, trials, out, method=Method(gate=gate), share_prefixes=share_prefixes
+        )
 
 
 def _score_publicly(subject: ScanSubject, trials: list[Trial], public: PublicScorer) -> None:

@@ -51,9 +51,10 @@ def load_model(source: Any, tokens: int, argument: str, summed: Segments | None 
     return source.load(), needed.total
 
 
-def beginnings_fit(source: Any, trials: Sequence[Trial]) -> WithCache | None:
+def beginnings_fit(source: Any, trials: Sequence[Trial], reply_tokens: int = 0) -> WithCache | None:
     """Whether the caches of what the trials' prompts share fit as well; to be asked before the model is loaded.
 
+    reply_tokens: the most that the model generates behind each prompt, which its cache then keeps as well.
     None where several devices share the model, whose free memory says nothing of one cache.
     """
     from locos_fast.models.memory_estimate import fits_with_cache
@@ -64,13 +65,14 @@ def beginnings_fit(source: Any, trials: Sequence[Trial]) -> WithCache | None:
         return None
     config = source.config()
     sequences = [[*trial.prompt_ids, *trial.answer_ids] for trial in trials]
+    ways = passes(sequences, trial_tree(trials, "all"))  # as `scans.run` has it
     return fits_with_cache(
         config,
-        max(map(len, sequences)),
+        max(map(len, sequences)) + reply_tokens,
         source.torch_dtype(config),
         source.attn_implementation,
         source.torch_device(),
-        passes(sequences, trial_tree(trials, "all")),  # as `scans.run` has it
+        [[*way[:-1], way[-1] + reply_tokens] for way in ways if way],
     )
 
 

@@ -125,7 +125,7 @@ def scan(
     trials, config, notes = composed_for(tokenizer)
     for note in notes:
         _note(note)
-    with_cache = beginnings_fit(source, trials)
+    with_cache = beginnings_fit(source, trials, method.reply_tokens)
     longest = max(len(t.prompt_ids) + max(len(t.answer_ids), method.reply_tokens) for t in trials)
     network, _ = load_model(source, longest, "lengths")
     if with_cache is not None and not with_cache.fits:

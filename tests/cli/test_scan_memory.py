@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from locos_fast import HeadScores
+from locos_fast import HeadScores, planted
+from locos_fast.cli.input import beginnings_fit
 from locos_fast.models import memory_estimate
+from locos_fast.models.loading import ModelSource
 from tests.cli.test_scan import folder, run  # noqa: F401  (folder is a fixture)
-from tests.oracles.planted_scan import scan_command
+from tests.oracles.planted_scan import MODEL, scan_command
 
 
 def prefix_tokens(out: Path) -> set[int]:
@@ -58,3 +60,17 @@ def test_what_does_not_even_fit_without_is_refused(capsys, monkeypatch, folder, 
     free(-1)
     code, _, err = run(capsys, monkeypatch, scan_command(folder, tmp_path / "x"))
     assert code == 2 and "memory: this run needs about" in err and "on its own" not in err
+
+
+def test_what_a_model_generates_is_kept_as_well(folder):  # noqa: F811
+    trials = [planted.build(**MODEL).trial(100, "literal", depth=100, seed=seed) for seed in (0, 0)]
+    source = ModelSource(str(folder / "model"), device="cpu")
+    plain, generating = (beginnings_fit(source, trials, reply_tokens).needed for reply_tokens in (0, 50))
+    text = source.config()
+    per_token = 4 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim  # float32, keys and values
+    assert generating.cache - plain.cache == 50 * per_token > 0
+    assert generating.activations > plain.activations
+
+
+def test_several_devices_are_left_to_the_run(folder):  # noqa: F811
+    assert beginnings_fit(ModelSource(str(folder / "model"), device_map="auto"), []) is None
