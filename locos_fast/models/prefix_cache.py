@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,11 @@ from transformers.cache_utils import DynamicLayer
 from locos_fast.models.architecture import UnsupportedModelError
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")  # of transformers' ROPE_INIT_FUNCTIONS
+PROBE_TOKENS = 12
+SLACK, SLACK_FULL = {torch.float16: 0.2, torch.bfloat16: 0.2}, 1e-2  # of the logits; what it catches is off by half
+
+_continues: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
+
 REPLACED = ("keys", "values")  # by a new tensor, in every update of a DynamicLayer
 
 
@@ -29,8 +35,9 @@ class PrefixCache:
     def __init__(self, model: PreTrainedModel) -> None:
         """Raises UnsupportedModelError for a model that takes no cache, or whose keys depend on what follows them."""
         check_keys_stay(model)
+        check_continues(model)
         self.model = model
-        self.cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        self.cache = empty_cache(model)
         self.argument = cache_argument(model)
         self.ids: list[int] = []  # of the prompt's tokens whose keys and values are there
 
@@ -69,6 +76,38 @@ class PrefixCache:
             for layer, state in zip(layers, noted, strict=True):
                 vars(layer).clear()
                 vars(layer).update(state)
+
+
+def empty_cache(model: PreTrainedModel) -> DynamicCache:
+    """As the model's own configuration wants it: windows, linear attention and all."""
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
+def check_continues(model: PreTrainedModel) -> None:
+    """Raises UnsupportedModelError for a model that, given several tokens behind a cache, does not go on as if it had
+    been given all of them at once: state-space layers of some models begin anew.
+
+    Shown once a model, on a few random tokens.
+    """
+    if model not in _continues:
+        _continues[model] = _shows_to_continue(model)
+    if not _continues[model]:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not continue from its cache as it would without: a beginning cannot be shared "
+            "between prompts"
+        )
+
+
+@torch.inference_mode()
+def _shows_to_continue(model: PreTrainedModel) -> bool:
+    table = model.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(len(table), (1, 2 * PROBE_TOKENS), generator=generator).to(table.device)
+    cache = {cache_argument(model): empty_cache(model), "use_cache": True}
+    model(input_ids=ids[:, :PROBE_TOKENS], **cache)
+    behind = model(input_ids=ids[:, PROBE_TOKENS:], **cache).logits[0, -1].double()
+    whole = model(input_ids=ids, use_cache=False).logits[0, -1].double()
+    return bool((behind - whole).norm() <= SLACK.get(model.dtype, SLACK_FULL) * whole.norm())
 
 
 def cache_argument(model: PreTrainedModel) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from locos_fast.scans.statistics import active_share
-from locos_fast.scoring.detectors import LABELS
+from locos_fast.scoring.detectors import LABELS, in_order
 from locos_fast.scoring.directions import unit_of
 from locos_fast.scoring.head_scores import HeadScores, head_name
 
@@ -57,7 +57,7 @@ def detectors_table(scores: HeadScores) -> Table:
     table = Table(title="What every detector puts first, from the same passes")
     for column in ("detector", f"{BEST_SHOWN} best heads", f"of its {found['top_k']} best, LOCOS has"):
         table.add_column(column, justify="right" if column.startswith("of its") else "left", overflow="fold")
-    for name in scores.names:
+    for name in in_order(scores.names):
         if name in PARTS_OF_LOCOS:
             continue
         best = " ".join(head_name(head) for head in scores.top(BEST_SHOWN, by=name) if scores.array(name).any())

@@ -37,6 +37,7 @@ class LayerEvidence:
 
     kept: the recorded rows. directions: target -> w (T, H, Dv), for the answer rows; the targets are "answer", in the
     norm asked for, "answer-frozen", in logits, and "foil", in the norm asked for, for `rows.foil`.
+    "answer-lens" is the answer through a tuned lens, whose `offsets` (T,) are what it adds per unit of attention.
     ids: (N,) the prompt's tokens. answer_ids: (T,).
     """
 
@@ -48,11 +49,13 @@ class LayerEvidence:
         ids: Tensor,
         spans: list[Span],
         answer_ids: Tensor,
+        offsets: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.kept, self.rows, self.directions, self.spans = kept, rows, directions, spans
         self.ids, self.answer_ids = ids.to(kept.output.device), answer_ids.to(kept.output.device)
         self.mass, self.total_mass = kept.mass[0].sum(-1).mT, kept.total_mass[0].mT  # (R, H)
         self.needle, self.visible = kept.span_visible[0].sum(-1), kept.visible[0]  # (R,) keys
+        self.offsets = offsets or {}
         self._sums: dict[str, Sums] = {}
 
     def sums(self, toward: str = "answer") -> Sums:
@@ -62,6 +65,9 @@ class LayerEvidence:
             w = self.directions[toward].to(self.kept.output.device)
             total = (self.kept.output[0][rows].to(w.dtype) * w).sum(-1)  # (T, H)
             l_plus = torch.einsum("htsd,thd->th", self.kept.span_output[0][:, rows].to(w.dtype), w)
+            if toward in self.offsets:
+                offset = self.offsets[toward].to(w)[:, None]
+                l_plus, total = l_plus + self.mass[rows] * offset, total + self.total_mass[rows] * offset
             self._sums[toward] = Sums(l_plus, self.scale(rows, w.dtype) * (total - l_plus), total)
         return self._sums[toward]
 
@@ -94,7 +100,7 @@ class Detector(NamedTuple):
     formula: str
     source: str
     compute: Callable[[LayerEvidence], Tensor]  # -> (H,)
-    needs: tuple[str, ...] = ()  # beyond the answer rows: "prompt", "question", "foil", "frozen"
+    needs: tuple[str, ...] = ()  # beyond the answer rows: "prompt", "question", "foil", "frozen", "lens"
 
 
 def _locos(toward: str) -> Callable[[LayerEvidence], Tensor]:
@@ -192,6 +198,14 @@ DETECTORS: tuple[Detector, ...] = (
         ("foil",),
     ),
     Detector(
+        "locos_tuned_lens",
+        "LOCOS tuned lens",
+        "L+ - L- with the answer's direction taken back through the tuned lens of the layer",
+        LOCOS_CODE,
+        _locos("answer-lens"),
+        ("prompt", "lens"),
+    ),
+    Detector(
         "needle_hit",
         "needle hit",
         "1 if the most attended key of the prompt's last token is in the needle",
@@ -224,11 +238,12 @@ DETECTORS: tuple[Detector, ...] = (
         ("prompt",),
     ),
 )
-LABELS = {detector.name: detector.label for detector in DETECTORS}
+CRI = "cri"  # by activation patching, in passes of its own: see `causal.activation_patching`
+LABELS = {detector.name: detector.label for detector in DETECTORS} | {CRI: "CRI"}
 
 
 def detectors_for(has: Iterable[str]) -> tuple[Detector, ...]:
-    """Those whose needs are met: `has` holds "prompt", "question", "foil", "frozen" as far as they are there."""
+    """Those whose needs are met: `has` holds what of "prompt", "question", "foil", "frozen" and "lens" is there."""
     there = set(has)
     return tuple(detector for detector in DETECTORS if there.issuperset(detector.needs))
 

@@ -54,6 +54,11 @@ class Target(NamedTuple):
             raise ValueError(f'contrast: expected "mean" or {len(token_ids)} token ids, got {contrast!r}')
         return cls(token_ids, torch.tensor(list(contrast), device=token_ids.device))
 
+    def instead(self, token_ids: Sequence[int]) -> Target:
+        """Toward other tokens in the places of these; where there are fewer, toward these in the remaining places."""
+        others = torch.tensor(list(token_ids)[: len(self.token_ids)], device=self.token_ids.device)
+        return self._replace(token_ids=torch.cat([others, self.token_ids[len(others) :]]))
+
     def of_logits(self, logits: Tensor) -> Tensor:
         """(T,) the target's value, from (T, V) logits of the answer rows or one (V,) vector for all of them."""
         table = logits.expand(len(self.token_ids), -1)

@@ -164,7 +164,7 @@ class HeadScores:
             arrays = read_tensors(content[FILES[0]])
             for name, array in arrays.items():
                 _check_array(name, array, array.shape)
-            arrays = {name: array.astype(np.float64) for name, array in arrays.items()}
+            arrays = {name: arrays[name].astype(np.float64) for name in sorted(arrays)}
             several = {name: arrays.pop(name) for name in OF_SEVERAL_TRIALS if name in arrays}
             return cls.of(arrays, meta=meta, **several)
         except ValueError as error:

@@ -37,6 +37,7 @@ class Rows(NamedTuple):
     """The rows that are recorded, increasing, and the places in `recorded` of those that belong together."""
 
     recorded: list[int]
+    foil_count: int
     answer: Places  # each predicts a token of the answer
     foil: Places  # of these the first, each of which has a token of the foil, too
     last: Places  # of the prompt
@@ -52,7 +53,7 @@ class Rows(NamedTuple):
         """
         answer = [position - 1 for position in answer_positions]
         if parts is None:
-            return cls(answer, slice(None), [], [], [], [], [])
+            return cls(answer, 0, slice(None), [], [], [], [], [])
         end = parts.prompt_tokens
         if not 0 < end <= answer_positions[0]:
             raise ValueError(f"prompt_tokens: expected 1..{answer_positions[0]}, in front of the answer, got {end}")
@@ -73,7 +74,8 @@ class Rows(NamedTuple):
         ]
         recorded = sorted({row for group in groups for row in group})
         place = {row: i for i, row in enumerate(recorded)}
-        return cls(recorded, *(_selector([place[row] for row in group]) for group in groups))
+        chosen = [_selector([place[row] for row in group]) for group in groups]
+        return cls(recorded, len(groups[1]), *chosen)
 
 
 def first_row(trial: Trial, detectors: Detectors) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,24 +10,25 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from locos_fast.models.answer_pass import answer_logits, check_prompt
-from locos_fast.models.architecture import UnsupportedModelError, layer_count
+from locos_fast.models.architecture import layer_count
 from locos_fast.models.cost import Meter
 from locos_fast.models.description import describe_model
 from locos_fast.models.head_map import check_head_map
 from locos_fast.models.prefix_cache import PrefixCache
-from locos_fast.models.residual_stream import StreamTrace, trace, trace_projections
+from locos_fast.models.residual_stream import trace, trace_projections
 from locos_fast.models.token_chunks import TOKENS_PER_CHUNK, token_chunks
 from locos_fast.ops.backends import BackendName
 from locos_fast.ops.exact import exact
-from locos_fast.scoring.detectors import LayerEvidence, detectors_for
-from locos_fast.scoring.directions import Norm, Target, check_norm, head_directions, token_directions
+from locos_fast.scoring.detectors import Detector, LayerEvidence, detectors_for
+from locos_fast.scoring.directions import Norm, Target, check_norm
 from locos_fast.scoring.finite import check_layer
 from locos_fast.scoring.head_scores import HeadScores
-from locos_fast.scoring.logit_units import attribute_heads, completeness_of
 from locos_fast.scoring.needle import Span, check_needle, union, visible_shares
 from locos_fast.scoring.prompt_parts import PromptParts, Rows
 from locos_fast.scoring.recording import Recording, record
+from locos_fast.scoring.targets import Directions, Observed, directions_toward
 from locos_fast.scoring.token_ids import check_foil_ids, check_token_ids, contrast_ids
+from locos_fast.scoring.tuned_lens import TunedLens
 
 
 def score_tokens(
@@ -44,6 +44,7 @@ def score_tokens(
     token_chunk: int | None = TOKENS_PER_CHUNK,
     prefix: PrefixCache | None = None,
     parts: PromptParts | None = None,
+    lens: TunedLens | None = None,
 ) -> HeadScores:
     """Score every head on one prompt: LOCOS, DLA, attention-spatial and Wu's copy score from one forward pass.
 
@@ -60,7 +61,7 @@ def score_tokens(
     back. A cached and a whole prompt give the same scores up to rounding.
     parts: where the prompt ends, its question, a foil; with them `others` holds every further detector of
     `detectors.DETECTORS` that they allow, from the same pass, LOCOS in true logit units among them. Where those cannot
-    be had, `meta["frozen_unavailable"]` says why.
+    be had, `meta["frozen_unavailable"]` says why. lens: with `parts`, also score through a tuned lens.
 
     Scores are means over the answer rows that see at least one needle key (DLA: over all rows; Wu: a sum); a layer in
     which no row does is NaN in score, l_plus, l_minus and attention_spatial. A needle partly inside a layer's window
@@ -69,6 +70,8 @@ def score_tokens(
     Raises ValueError for arguments that do not fit and UnsupportedModelError for models that cannot be recorded.
     """
     check_norm(norm)
+    if lens is not None and (parts is None or norm != "none"):
+        raise ValueError('lens: needs parts and norm="none"')
     spans = union(needle_span)
     positions = check_prompt(input_ids, answer_positions)
     check_needle(spans, input_ids.shape[1], positions)
@@ -79,7 +82,10 @@ def score_tokens(
     fed = input_ids[:, : max(answer_rows) + 1]  # a causal model's answer rows do not depend on anything later
     if prefix is not None:
         prefix.check_continued_by(fed, rows.recorded)
-    targets = _targets(model, input_ids, answer_positions, contrast, parts)
+    targets = {"answer": Target.of(input_ids[0, answer_positions], contrast)}
+    if parts is not None and parts.foil_ids:
+        check_foil_ids(model, parts.foil_ids)
+        targets["foil"] = targets["answer"].instead(parts.foil_ids)
     frozen_too = parts is not None and norm == "none"
     follow = trace if norm == "frozen" or frozen_too else trace_projections
     check_head_map(model, fed)  # the first time it runs the model, whose mapped weights are then in memory
@@ -92,25 +98,24 @@ def score_tokens(
     ):
         logits = answer_logits(model, fed, answer_rows, prefix)
     with torch.inference_mode(), exact(), meter.scoring.running(input_ids.device):
-        directed = Directed(model, stream, recording.at(rows.answer), logits)
-        directions, of_norms = directed.toward(targets, norm, frozen_too)
-        has = _what_is_there(parts, directions)
-        arrays = _score_layers(
-            model, recording, rows, directions, input_ids[0], spans, targets["answer"].token_ids, has
-        )
+        recorded = recording.at(rows.answer)
+        observed = Observed(model, stream, recorded, logits)
+        directions = directions_toward(observed, targets, norm, frozen_too=frozen_too, lens=lens)
+        detectors = detectors_for(_what_is_there(parts, directions))
+        arrays = _score_layers(model, recording, rows, directions, input_ids[0], spans, answer_positions, detectors)
     meta = {
-        "needle_visible_share": visible_shares(recording.at(rows.answer), spans),
+        "needle_visible_share": visible_shares(recorded, spans),
         **describe_model(model),
         "norm": norm,
         "contrast": contrast,
         "needle_spans": [list(span) for span in spans],
         "answer_positions": answer_positions,
-        "answer_ids": targets["answer"].token_ids.tolist(),
+        "answer_ids": input_ids[0, answer_positions].tolist(),
         "predicted_ids": logits.argmax(-1).tolist(),
         "tokens": int(input_ids.shape[1]),
         "prefix_tokens": 0 if prefix is None else prefix.tokens,
         "cost": meter.cost().as_dict(),
-    } | of_norms
+    } | directions.meta
     return HeadScores.of(arrays, meta=meta)
 
 
@@ -120,102 +125,32 @@ def _in_order(positions: list[int], contrast: str | list[int] | None) -> tuple[l
     return [positions[i] for i in order], [contrast[i] for i in order] if isinstance(contrast, list) else contrast
 
 
-def _targets(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    answer_positions: list[int],
-    contrast: str | list[int] | None,
-    parts: PromptParts | None,
-) -> dict[str, Target]:
-    """What heads are scored toward: the answer and, where there is one, the foil in its place.
-
-    A foil that is shorter than the answer is filled up with the answer's tokens, whose rows then do not count.
-    """
-    answer_ids = input_ids[0, answer_positions]
-    targets = {"answer": Target.of(answer_ids, contrast)}
-    if parts is not None and parts.foil_ids:
-        foil = torch.tensor(list(parts.foil_ids)[: len(answer_ids)], device=answer_ids.device)
-        foil_ids = torch.cat([foil, answer_ids[len(foil) :]])
-        check_foil_ids(model, parts.foil_ids)
-        targets["foil"] = Target.of(foil_ids, contrast)
-    return targets
-
-
-class Directed(NamedTuple):
-    """A forward pass that was recorded and traced, from which directions are made."""
-
-    model: PreTrainedModel
-    stream: StreamTrace
-    recording: Recording  # of the answer rows
-    logits: Tensor
-
-    def toward(
-        self, targets: dict[str, Target], norm: str, frozen_too: bool
-    ) -> tuple[dict[str, dict[int, Tensor]], dict[str, Any]]:
-        """Target -> layer -> w (T, H, Dv), and what to say of their exactness in `meta`.
-
-        frozen_too: add "answer-frozen" where the model's logit can be followed.
-        """
-        meta: dict[str, Any] = {}
-        directions = {}
-        for name, target in targets.items():
-            if norm == "none":
-                directions[name] = self._raw(target)
-                continue
-            directions[name], found = self._frozen(target)
-            meta = meta or found
-        if frozen_too:
-            try:
-                directions["answer-frozen"], found = self._frozen(targets["answer"])
-                meta["frozen_completeness"] = found["completeness"]
-            except UnsupportedModelError as error:
-                meta["frozen_unavailable"] = str(error)
-        return directions, meta
-
-    def _frozen(self, target: Target) -> tuple[dict[int, Tensor], dict[str, Any]]:
-        attribution = attribute_heads(self.model, self.stream, self.recording, target, self.logits)
-        meta = {"completeness": completeness_of(attribution), "final_logit_softcap": attribution.softcap}
-        return {number: layer.directions for number, layer in attribution.layers.items()}, meta
-
-    def _raw(self, target: Target) -> dict[int, Tensor]:
-        direction = token_directions(self.model, target)
-        directions = {}
-        for number, kept in self.recording.items():
-            projected = self.stream.projected[number]
-            directions[number], _ = head_directions(projected.module, direction, kept.output[0], projected.inputs)
-        return directions
-
-
-def _what_is_there(parts: PromptParts | None, directions: dict[str, dict[int, Tensor]]) -> set[str]:
-    """The needs of detectors that are met."""
-    if parts is None:
-        return set()
-    has = {"prompt"}
-    has |= {"question"} if parts.question is not None else set()
-    has |= {"foil"} if "foil" in directions else set()
-    return has | ({"frozen"} if "answer-frozen" in directions else set())
-
-
 def _score_layers(
     model: PreTrainedModel,
     recording: Recording,
     rows: Rows,
-    directions: dict[str, dict[int, Tensor]],
+    directions: Directions,
     ids: Tensor,
     spans: list[Span],
-    answer_ids: Tensor,
-    has: set[str],
+    answer_positions: list[int],
+    detectors: Sequence[Detector],
 ) -> dict[str, np.ndarray]:
     heads = max(kept.output.shape[2] for kept in recording.values())
-    detectors = detectors_for(has)
     arrays = {detector.name: np.full((layer_count(model), heads), np.nan) for detector in detectors}
     for number, kept in recording.items():
-        toward = {target: layers[number] for target, layers in directions.items()}
-        if "foil" in toward:
-            toward["foil"] = toward["foil"][: len(kept.visible[0, rows.foil])]
-        evidence = LayerEvidence(kept, rows, toward, ids, spans, answer_ids)
+        toward, offsets = directions.of_layer(number, rows)
+        evidence = LayerEvidence(kept, rows, toward, ids, spans, ids[answer_positions], offsets)
         for detector in detectors:
             value = detector.compute(evidence)
             arrays[detector.name][number, : kept.output.shape[2]] = value.double().cpu().numpy()
         check_layer(number, arrays["dla"][number, : kept.output.shape[2]])  # the others may be NaN by right
     return arrays
+
+
+def _what_is_there(parts: PromptParts | None, directions: Directions) -> set[str]:
+    """The needs of detectors that are met."""
+    if parts is None:
+        return set()
+    targets = {"foil": "foil", "answer-frozen": "frozen", "answer-lens": "lens"}
+    has = {"prompt"} | {need for target, need in targets.items() if target in directions.toward}
+    return has | ({"question"} if parts.question is not None else set())

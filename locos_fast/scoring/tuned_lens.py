@@ -20,7 +20,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +31,6 @@ from transformers import PreTrainedModel
 from locos_fast.models.architecture import attention_layers, layer_count, unembedding
 from locos_fast.models.foreign_errors import first_line
 from locos_fast.scoring.directions import pull_back
-from locos_fast.scoring.recording import LayerRecord
 
 FLAT_NAME = re.compile(r"(?:layer_translators\.)?(\d+)\.(weight|bias)")
 LAYOUTS = 'layer -> {"A", "b"}, or "0.weight", "0.bias", "1.weight", ... of the tuned-lens library'
@@ -114,26 +113,6 @@ class TunedLens:
         if layer not in self._translators:
             raise ValueError(f"{self.source}: expected a translator for layer {layer}, got none")
         return self._translators[layer]
-
-
-class LensSums(NamedTuple):
-    """Sums of phi per answer row and head, (T, H)."""
-
-    span: Tensor  # over the needle: L+
-    total: Tensor  # over all keys: DLA
-
-
-def lens_sums(kept: LayerRecord, w: Tensor, bias: Tensor) -> LensSums:
-    """What one layer's record gives through a lens; without bias it is what it gives along `w`.
-
-    w: (T, H, Dv), the lens's direction pulled back into the heads (`directions.head_directions`). bias: (T,), of
-    `TunedLens.bias`. L- follows from the two as in `detectors`.
-    """
-    w, bias = w.to(kept.output.device), bias.to(kept.output.device)
-    along_span = torch.einsum("htsd,thd->th", kept.span_output[0].to(w.dtype), w)
-    along_output = (kept.output[0].to(w.dtype) * w).sum(-1)
-    mass, total_mass = (x.mT.to(w.dtype) for x in (kept.mass[0].sum(-1), kept.total_mass[0]))  # (T, H)
-    return LensSums(along_span + mass * bias[:, None], along_output + total_mass * bias[:, None])
 
 
 def _read(path: Path, device: str | torch.device) -> Any:

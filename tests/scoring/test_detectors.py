@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from locos_fast.models.architecture import UnsupportedModelError, attention_layers
-from locos_fast.scoring import score as score_module
+from locos_fast.scoring import targets as targets_module
 from locos_fast.scoring.detectors import DETECTORS, detectors_for, in_order
 from locos_fast.scoring.head_scores import ARRAYS, HeadScores
 from locos_fast.scoring.prompt_parts import PromptParts, Rows
@@ -83,7 +83,7 @@ def test_detectors_are_their_definitions(family: str, needle: str) -> None:
     ids = tokens(1, LENGTH)
     expected = definitions(model, ids, spans)
     scores = score_tokens(model, ids, spans, ANSWER, parts=PARTS)
-    assert set(scores.others) == {detector.name for detector in DETECTORS} - set(ARRAYS)
+    assert set(scores.others) == {detector.name for detector in DETECTORS if "lens" not in detector.needs} - set(ARRAYS)
     for name, array in expected.items():
         assert_close(scores.others[name], array, ROUNDING)
 
@@ -111,7 +111,7 @@ def test_logit_units_that_cannot_be_had_are_left_out_with_the_reason(monkeypatch
     def refuse(*_: object) -> None:
         raise UnsupportedModelError("no path")
 
-    monkeypatch.setattr(score_module, "attribute_heads", refuse)
+    monkeypatch.setattr(targets_module, "attribute_heads", refuse)
     scores = score_tokens(build("llama"), tokens(1, LENGTH), (3, 6), ANSWER, parts=PARTS)
     assert scores.meta["frozen_unavailable"] == "no path"
     assert not any("frozen" in name for name in scores.others)

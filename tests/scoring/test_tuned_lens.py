@@ -17,10 +17,12 @@ from transformers import PreTrainedModel
 
 from locos_fast.models.architecture import attention_layers
 from locos_fast.ops.exact import exact
+from locos_fast.scoring.detectors import LayerEvidence
 from locos_fast.scoring.directions import Target, pull_back, token_directions
+from locos_fast.scoring.prompt_parts import PromptParts, Rows
 from locos_fast.scoring.recording import record
 from locos_fast.scoring.score import score_tokens
-from locos_fast.scoring.tuned_lens import LensSums, TunedLens, lens_sums
+from locos_fast.scoring.tuned_lens import TunedLens
 from tests.oracles.architecture_models import build
 from tests.oracles.definition import ANSWER, LENGTH, naive
 from tests.oracles.threads import one_thread
@@ -242,7 +244,7 @@ def test_no_translators_are_no_lens() -> None:
 
 
 @torch.inference_mode()
-def sums(model: PreTrainedModel, ids: Tensor, lens: TunedLens) -> dict[int, LensSums]:
+def sums(model: PreTrainedModel, ids: Tensor, lens: TunedLens) -> dict[int, tuple[Tensor, Tensor]]:
     """As a detector would use the lens, on models without a gate between heads and projection."""
     with record(model, ROWS, [NEEDLE]) as recording:
         model(input_ids=ids[:, : max(ANSWER)], use_cache=False)
@@ -251,7 +253,12 @@ def sums(model: PreTrainedModel, ids: Tensor, lens: TunedLens) -> dict[int, Lens
         for layer in attention_layers(model):
             kept = recording[layer.number]
             w = pull_back(layer.projection, lens.direction(layer.number, d)).view(kept.output[0].shape)
-            result[layer.number] = lens_sums(kept, w, lens.bias(layer.number, d))
+            offsets = {"lens": lens.bias(layer.number, d)}
+            evidence = LayerEvidence(
+                kept, Rows.of(ANSWER, None), {"lens": w}, ids[0], [NEEDLE], ids[0, ANSWER], offsets
+            )
+            found = evidence.sums("lens")
+            result[layer.number] = (found.l_plus, found.total)
     return result
 
 
@@ -287,3 +294,19 @@ def test_a_lens_that_changes_nothing_gives_the_plain_score(family: str) -> None:
     for number, (span, total) in sums(model, ids, TunedLens(nothing)).items():
         for found, expected in ((total.mean(0), scores.dla[number]), (span.mean(0), scores.l_plus[number])):
             np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-12 * abs(scores.dla).max())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_scores_through_a_lens_come_along_with_the_others(family: str) -> None:
+    model, ids = build(family), tokens(1, LENGTH)
+    parts = PromptParts(prompt_tokens=min(ANSWER))
+    translators = random_translators(dtype=torch.float64)
+    found = score_tokens(model, ids, NEEDLE, ANSWER, parts=parts, lens=TunedLens(translators)).others
+    plain = score_tokens(model, ids, NEEDLE, ANSWER, parts=parts)
+    assert set(found) - set(plain.others) == {"locos_tuned_lens"}
+    nothing = {number: (torch.zeros(HIDDEN, HIDDEN), torch.zeros(HIDDEN)) for number in range(LAYERS)}
+    same = score_tokens(model, ids, NEEDLE, ANSWER, parts=parts, lens=TunedLens(nothing)).others["locos_tuned_lens"]
+    np.testing.assert_allclose(same, plain.score, rtol=0, atol=1e-12 * abs(plain.dla).max())
+    assert abs(found["locos_tuned_lens"] - plain.score).max() > 0.01 * abs(plain.score).max()
+    with pytest.raises(ValueError, match="lens: needs parts"):
+        score_tokens(model, ids, NEEDLE, ANSWER, lens=TunedLens(nothing))
