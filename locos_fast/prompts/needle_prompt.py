@@ -145,7 +145,8 @@ class Composer:
         fact = facts[asked]
         needles = [self._needle(hidden) for hidden in facts]
         frame = self.frame(fact)
-        budget = length - len(frame.opening) - len(frame.closing) - sum(len(needle.ids) for needle in needles)
+        closing = max(len(self.frame(hidden).closing) for hidden in facts)  # one context, whichever is asked for
+        budget = length - len(frame.opening) - closing - sum(len(needle.ids) for needle in needles)
         if budget < 1:
             raise ValueError(
                 f"length: {length} tokens are too few: needle and question of {fact.id!r} alone take {length - budget}"

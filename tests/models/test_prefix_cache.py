@@ -6,6 +6,7 @@ from torch import nn
 
 from locos_fast.models.architecture import UnsupportedModelError
 from locos_fast.models.prefix_cache import PrefixCache, cache_argument
+from tests.oracles import further_families
 from tests.oracles.architecture_models import FAMILIES, build
 from tests.oracles.tiny_models import WINDOW, tokens
 
@@ -62,3 +63,10 @@ def test_the_cache_is_found_by_its_type_not_by_its_name() -> None:
 def test_a_model_without_a_cache_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="Linear takes no cache"):
         cache_argument(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("name", ["Bamba", "Jamba"])
+def test_a_model_that_begins_anew_behind_its_cache_is_refused(name: str) -> None:
+    model = further_families.build(name)
+    with pytest.raises(UnsupportedModelError, match="does not continue from its cache"):
+        PrefixCache(model)

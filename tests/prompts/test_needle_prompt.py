@@ -195,3 +195,14 @@ def test_a_foil_is_the_answer_of_another_fact_of_the_group():
     other_kind = FACT._replace(id="3", answer="Rome", group="city")
     assert [foil_of(fact, [*facts, other_kind]) for fact in (*facts, other_kind)] == ["2", "2", "1", None]
     assert foil_of(other_kind._replace(foil="Paris"), facts) == "Paris"
+
+
+def test_needles_that_share_a_context_share_it_to_the_token_whichever_is_asked_for(tokenizer):
+    facts = [
+        FACT._replace(id=name, needle=f"The number of {name} is 7.", question=f"Which number has {name}?", lead=name)
+        for name in ("Al", "Bartholomew of the long bridge", "Cy")
+    ]
+    prompts = [compose(tokenizer, facts=facts, depths=[0, 50, 100], asked=i)[0] for i in range(3)]
+    assert len({len(p.prompt_ids) for p in prompts}) > 1
+    assert len({tuple(p.prompt_ids[: p.question_span[0]]) for p in prompts}) == 1
+    assert max(len(p.prompt_ids) for p in prompts) == 600

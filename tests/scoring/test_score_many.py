@@ -76,6 +76,7 @@ def test_further_detectors_are_those_of_each_trial_alone(family: str) -> None:
 
 def test_a_shared_beginning_is_computed_once() -> None:
     model, trials = build("llama", dtype=torch.float32), grid()
+    PrefixCache(model)  # which is shown once that the model continues from it
     fed: list[int] = []
     model.get_input_embeddings().register_forward_pre_hook(lambda _, args: fed.append(args[0].shape[1]))
     LocosScorer(model, Names()).score_many(trials)
