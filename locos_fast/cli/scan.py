@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -70,6 +71,12 @@ def scan(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a generated reply.")] = 50,
     max_thinking_tokens: Annotated[int, typer.Option(min=0, help="Of a generated reply, on top of those.")] = 0,
     gate: Annotated[bool, typer.Option(help="Count only trials that the model itself answers right.")] = True,
+    tuned_lens: Annotated[
+        Path | None, typer.Option(help="Also score through a tuned lens, a .pt or .safetensors file.")
+    ] = None,
+    cri: Annotated[
+        bool, typer.Option("--cri", help="Also patch every head on its own: slow, a pass for every few heads.")
+    ] = False,
     chat_template: Annotated[
         bool | None, typer.Option(help="Ask as a chat, thinking off; the default if the tokenizer has a template.")
     ] = None,
@@ -95,6 +102,7 @@ def scan(
     from locos_fast.scans.store import ScanFolder
     from locos_fast.scoring.directions import check_norm
     from locos_fast.scoring.result_folder import check_writable
+    from locos_fast.scoring.tuned_lens import TunedLens
 
     part = None if shard is None else Shard.parse(shard)
     method = Method(
@@ -103,6 +111,8 @@ def scan(
         gate,
         max_new_tokens=max_new_tokens,
         max_thinking_tokens=max_thinking_tokens,
+        lens=None if tuned_lens is None else TunedLens.load(tuned_lens),
+        cri=cri,
     )
     ScanFolder(out).check_free(resume=resume)
     check_writable(out)
@@ -138,7 +148,7 @@ def scan(
             trials,
             out,
             method=method,
-            config=config | {"revision": revision},
+            config=config | {"revision": revision} | _sha256("tuned_lens_sha256", tuned_lens),
             shard=part,
             resume=resume,
             share_prefixes=with_cache is None or with_cache.fits,
@@ -149,6 +159,10 @@ def scan(
         _note(f"interrupted; what is done is in {out}, and --resume continues from there")
         raise typer.Exit(INTERRUPTED) from None
     show_scan(result, out, as_json)
+
+
+def _sha256(name: str, file: Path | None) -> dict[str, str]:
+    return {} if file is None else {name: hashlib.sha256(file.read_bytes()).hexdigest()}
 
 
 def show_scan(result: Scan, out: Path, as_json: bool) -> None:

@@ -93,8 +93,8 @@ def check_continues(model: PreTrainedModel) -> None:
         _continues[model] = _shows_to_continue(model)
     if not _continues[model]:
         raise UnsupportedModelError(
-            f"{type(model).__name__} does not continue from its cache as it would without: a beginning cannot be shared "
-            "between prompts"
+            f"{type(model).__name__} does not continue from its cache as it would without: a beginning cannot be "
+            "shared between prompts"
         )
 
 

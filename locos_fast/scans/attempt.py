@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from locos_fast.causal.activation_patching import Metric, cri
 from locos_fast.models.architecture import UnsupportedModelError
 from locos_fast.models.attention_registry import RecordingError
 from locos_fast.models.foreign_errors import is_out_of_memory
@@ -20,13 +21,16 @@ from locos_fast.models.token_chunks import TOKENS_PER_CHUNK
 from locos_fast.prompts.trials import Trial
 from locos_fast.scans.store import Arrays, Status
 from locos_fast.scoring.answer_steps import find_answer_steps
+from locos_fast.scoring.detectors import CRI
 from locos_fast.scoring.diagnosis import doubt, verdict_of
 from locos_fast.scoring.directions import Norm, check_norm
 from locos_fast.scoring.head_scores import HeadScores, check_count
 from locos_fast.scoring.prompt_parts import PromptParts
 from locos_fast.scoring.rouge_gate import passes, rouge_1_recall
 from locos_fast.scoring.score import score_tokens
+from locos_fast.scoring.tuned_lens import TunedLens
 
+CRI_METRIC: Metric = "first_token_logit_diff"
 Protocol = Literal["teacher", "generate"]
 
 SMALL_TOKEN_CHUNK = 512  # of the second attempt, when memory did not suffice
@@ -43,6 +47,9 @@ class Method:
     gate             whether trials that do not pass are left out
     max_new_tokens, max_thinking_tokens  of a generated reply
     token_chunk      see `score_tokens`
+    lens             also score through it
+    cri              also patch every head's output into the prompt without its needle: slow, a forward pass for every
+                     few heads
     Raises ValueError for a protocol or norm that there is not.
     """
 
@@ -52,6 +59,8 @@ class Method:
     max_new_tokens: int = 50
     max_thinking_tokens: int = 0
     token_chunk: int | None = TOKENS_PER_CHUNK
+    lens: TunedLens | None = None
+    cri: bool = False
 
     def __post_init__(self) -> None:
         check_norm(self.norm)
@@ -68,7 +77,9 @@ class Method:
         """What scores depend on of it."""
         generating = {"max_new_tokens": self.max_new_tokens, "max_thinking_tokens": self.max_thinking_tokens}
         of_protocol = generating if self.protocol == "generate" else {}
-        return {"protocol": self.protocol, "gate": self.gate, "norm": self.norm} | of_protocol
+        further = {"tuned_lens": self.lens.source} if self.lens is not None else {}
+        further |= {CRI: CRI_METRIC} if self.cri else {}
+        return {"protocol": self.protocol, "gate": self.gate, "norm": self.norm} | of_protocol | further
 
 
 class Outcome(NamedTuple):
@@ -84,6 +95,8 @@ class Attempts:
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, method: Method) -> None:
         self.model, self.tokenizer, self.method = model, tokenizer, method
+        if method.lens is not None:
+            method.lens.check(model)
 
     def attempt(self, trial: Trial, prefix: PrefixCache | None) -> Outcome:
         """One trial: as it is, and where memory does not suffice once more in a smaller way."""
@@ -120,7 +133,8 @@ class Attempts:
             "answer_ids": answer,
             "predicted": [self.tokenizer.decode([token]) for token in predicted],
         }
-        return _outcome(scores, line, passed=predicted == answer or not self.method.gate)
+        outcome = _outcome(scores, line, passed=predicted == answer or not self.method.gate)
+        return self._with_cri(trial, outcome, token_chunk)
 
     def _generate(self, trial: Trial, prefix: PrefixCache | None, token_chunk: int | None) -> Outcome:
         """The reply is scored as if it had been given, behind the same beginning: one more forward pass over what
@@ -151,7 +165,14 @@ class Attempts:
         if [reply.ids[step] for step in steps] != trial.answer_ids:  # the foil's tokens stand in the places of those
             parts = parts._replace(foil_ids=None)
         scores = self._score(trial, ids, [prompt + step for step in steps], parts, prefix, token_chunk)
-        return _outcome(scores, line, passed=True)
+        return self._with_cri(trial, _outcome(scores, line, passed=True), token_chunk)
+
+    def _with_cri(self, trial: Trial, outcome: Outcome, token_chunk: int | None) -> Outcome:
+        if not self.method.cri or outcome.status != "scored":
+            return outcome
+        filler = self.tokenizer(".", add_special_tokens=False)["input_ids"][-1]
+        found = cri(self.model, trial, filler_id=filler, metric=CRI_METRIC, token_chunk=token_chunk)
+        return outcome._replace(arrays={**outcome.arrays, CRI: found.astype(np.float32)})
 
     def _score(
         self,
@@ -172,6 +193,7 @@ class Attempts:
             prefix=prefix,
             token_chunk=token_chunk,
             parts=parts,
+            lens=self.method.lens,
         )
         if norm == "frozen" and verdict_of(scores.meta["completeness"], dtype) == "wrong":
             raise ValueError(f"completeness: {doubt(scores.meta['completeness'], dtype)}")
