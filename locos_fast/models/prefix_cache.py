@@ -87,8 +87,10 @@ def check_continues(model: PreTrainedModel) -> None:
     """Raises UnsupportedModelError for a model that, given several tokens behind a cache, does not go on as if it had
     been given all of them at once: state-space layers of some models begin anew.
 
-    Shown once a model, on a few random tokens.
+    Shown once a model, on a few random tokens; a model without weights, on the meta device, shows nothing.
     """
+    if model.get_input_embeddings().weight.is_meta:
+        return
     if model not in _continues:
         _continues[model] = _shows_to_continue(model)
     if not _continues[model]:

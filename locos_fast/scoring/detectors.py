@@ -198,6 +198,14 @@ DETECTORS: tuple[Detector, ...] = (
         ("foil",),
     ),
     Detector(
+        "dla_foil",
+        "DLA against a foil",
+        "DLA toward the answer less DLA toward a wrong answer of the same type, over their common tokens",
+        "this project",
+        lambda e: (e.sums().total[: len(e.sums("foil").total)] - e.sums("foil").total).mean(0),
+        ("foil",),
+    ),
+    Detector(
         "locos_tuned_lens",
         "LOCOS tuned lens",
         "L+ - L- with the answer's direction taken back through the tuned lens of the layer",

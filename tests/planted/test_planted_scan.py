@@ -44,6 +44,9 @@ def test_a_scan_of_one_kind_finds_its_heads(model, tmp_path: Path, kind: str) ->
     assert set(scores.found()) == set(model.heads[kind])
     if kind == "non_literal":
         assert (scores.wu == 0).all()
+    assert set(model.heads["write_only"]) <= set(scores.found(by="dla"))  # they write every answer alike
+    assert set(scores.found(by="dla_foil")) == set(model.heads[kind])
+    assert set(scores.found(by="locos_foil")) == set(model.heads[kind])
 
 
 def test_every_cell_asks_every_question_in_both_kinds(model) -> None:

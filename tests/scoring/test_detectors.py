@@ -37,7 +37,7 @@ def definitions(model: PreTrainedModel, ids: Tensor, spans: list[tuple[int, int]
     needle = torch.zeros(length, dtype=torch.bool)
     for start, end in spans:
         needle[start:end] = True
-    names = ("needle_hit", "qrhead", "headkv", "contrastive", "locos_wrong", "locos_foil")
+    names = ("needle_hit", "qrhead", "headkv", "contrastive", "locos_wrong", "locos_foil", "dla_foil")
     result = {name: np.full((len(attentions), attentions[0].shape[1]), np.nan) for name in names}
     for layer in attention_layers(model):
         alpha = attentions[layer.number][0]  # (H, rows, N)
@@ -51,6 +51,10 @@ def definitions(model: PreTrainedModel, ids: Tensor, spans: list[tuple[int, int]
             phi = alpha[:, row] * torch.einsum("hd,hnd->hn", w, value)
             n, others = int((needle & seen[row]).sum()), int((~needle & seen[row]).sum())
             return phi[:, needle].sum(-1) - n / others * phi[:, ~needle].sum(-1)
+
+        def dla(row: int, token: int, alpha=alpha, value=value, layer=layer) -> Tensor:
+            w = (model.lm_head.weight[token] @ layer.projection.weight).view(len(alpha), -1)
+            return (alpha[:, row] * torch.einsum("hd,hnd->hn", w, value)).sum(-1)
 
         def mean(rows: list[Tensor], like=alpha) -> np.ndarray:
             return torch.stack(rows).mean(0).numpy() if rows else np.full(len(like), np.nan)
@@ -70,6 +74,8 @@ def definitions(model: PreTrainedModel, ids: Tensor, spans: list[tuple[int, int]
         of_answer = mean([mass[:, p - 1] for p in ANSWER if sees[p - 1]])
         keep("contrastive", np.maximum(of_answer - mean([mass[:, p - 1] for p in REPLY]), 0))
         pairs = [(p - 1, int(ids[0, p]), f) for p, f in zip(ANSWER, FOIL, strict=False) if sees[p - 1]]
+        all_pairs = [(p - 1, int(ids[0, p]), f) for p, f in zip(ANSWER, FOIL, strict=False)]
+        keep("dla_foil", mean([dla(row, answer) - dla(row, foil) for row, answer, foil in all_pairs]))
         keep("locos_wrong", mean([locos(row, foil) for row, _, foil in pairs]))
         keep("locos_foil", mean([locos(row, answer) - locos(row, foil) for row, answer, foil in pairs]))
     return result

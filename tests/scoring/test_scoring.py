@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from locos_fast.models.architecture import attention_layers
 from locos_fast.scoring.head_scores import ARRAYS
+from locos_fast.scoring.prompt_parts import PromptParts
 from locos_fast.scoring.score import score_tokens
 from tests.oracles.score_cases import ANSWER, GOLDEN, LENGTH, ROUNDING, assert_close
 from tests.oracles.tiny_models import FAMILIES, PAIRS, UNCOMPILED_FLEX, build, captured_values, tokens, visible_keys
@@ -25,7 +26,7 @@ pytestmark = UNCOMPILED_FLEX
 # --- the public implementation
 
 GOLDEN_FOLDER = Path(__file__).resolve().parents[3] / "shared" / "golden"
-NAMES = {name: name for name in ARRAYS} | {"score": "locos"}
+NAMES = {name: name for name in ARRAYS} | {"score": "locos", "headkv": "headkv"}
 
 
 @pytest.mark.skipif(not GOLDEN_FOLDER.is_dir(), reason="the recorded scores lie outside the repository")
@@ -45,9 +46,10 @@ def test_scores_are_those_of_the_public_implementation(name: str, attention: str
         [len(prompt) + step for step in trial["answer_steps"]],
         backend=backend,
         verify=True,
+        parts=PromptParts(prompt_tokens=len(prompt)),
     )
     for ours, theirs in NAMES.items():
-        assert_close(getattr(scores, ours), expected[theirs], GOLDEN)
+        assert_close(scores.array(ours), expected[theirs], GOLDEN)
 
 
 # --- the definition
