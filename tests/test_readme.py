@@ -10,6 +10,7 @@ import pytest
 
 from locos_fast.planted import build
 from locos_fast.scoring.head_scores import HeadScores
+from tests.detector_table import table
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 MODEL = '"smollm2"'
@@ -57,3 +58,7 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
 def test_it_runs_word_for_word_on_the_model_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     check(run(python_of_readme()), tmp_path)
+
+
+def test_the_table_of_detectors_is_their_registry() -> None:
+    assert f"\n{table()}\n" in README.read_text(encoding="utf-8")
