@@ -159,16 +159,20 @@ def _refuse_mode(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"{_name(model)} is no transformers model; pass the one inside (of a PEFT model: model.get_base_model())"
         )
-    for name, module in decoder(model).named_modules():
+    for module in decoder(model).modules():
         if module.training and _dropout(module) > 0:
+            name = next(name for name, of_that_name in decoder(model).named_modules() if of_that_name is module)
             raise UnsupportedModelError(
                 f"{_name(model)} is in training mode and {name} applies dropout; call model.eval() before recording"
             )
-    if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
+    own = [
+        parameter for module in model.modules() for parameter in module._parameters.values() if parameter is not None
+    ]
+    if any(type(parameter).__name__ == "DTensor" for parameter in own):
         raise UnsupportedModelError(f"{_name(model)} is tensor-parallel, which cannot be recorded; use a device_map")
-    for name, parameter in model.named_parameters():
-        if parameter.device == torch.device("meta"):
-            raise UnsupportedModelError(f"{_name(model)} has weights on the meta device ({name}); load them first")
+    if any(parameter.is_meta for parameter in own):
+        name = next(name for name, parameter in model.named_parameters() if parameter.is_meta)
+        raise UnsupportedModelError(f"{_name(model)} has weights on the meta device ({name}); load them first")
 
 
 def _dropout(module: nn.Module) -> float:

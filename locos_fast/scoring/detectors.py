@@ -249,7 +249,7 @@ DETECTORS: tuple[Detector, ...] = (
 # by activation patching, in passes of its own: see `causal.activation_patching`
 CRI, CRI_SOURCE = "cri", LOCOS_CODE
 CRI_FORMULA = (
-    "the answer's first logit less the best other one, in the prompt with the needle's tokens replaced: with the head's "
+    "the answer's first logit less the best other one, in the prompt with the needle replaced: with the head's "
     "output of the whole prompt patched in, less without"
 )
 LABELS = {detector.name: detector.label for detector in DETECTORS} | {CRI: "CRI"}
