@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
