@@ -10,6 +10,8 @@ are known in `locos_fast.planted`.
 
 from locos_fast._version import __version__
 from locos_fast.causal.ablation import ablate, layer_matched_heads
+from locos_fast.causal.controls import layer_matched
+from locos_fast.causal.masked_checkpoint import mask_checkpoint
 from locos_fast.models.architecture import UnsupportedModelError
 from locos_fast.models.loading import load
 from locos_fast.prompts.trials import Trial
@@ -27,8 +29,10 @@ __all__ = [
     "__version__",
     "ablate",
     "attribute_tokens",
+    "layer_matched",
     "layer_matched_heads",
     "load",
+    "mask_checkpoint",
     "record",
     "score_tokens",
 ]

@@ -17,6 +17,7 @@ from locos_fast.cli.attribute import attribute
 from locos_fast.cli.data import data
 from locos_fast.cli.demo import demo
 from locos_fast.cli.doctor import doctor
+from locos_fast.cli.mask_checkpoint import mask_checkpoint
 from locos_fast.cli.merge import merge
 from locos_fast.cli.options import console, errors, warn
 from locos_fast.cli.planted import planted
@@ -71,6 +72,6 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-for command in (demo, planted, score, scan, merge, attribute, doctor):
+for command in (demo, planted, score, scan, merge, attribute, mask_checkpoint, doctor):
     app.command()(command)
 app.add_typer(data, name="data")

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from locos_fast.causal.ablation import Head, ablate, layer_matched_heads
+from locos_fast.causal.ablation import Head, ablate
+from locos_fast.causal.controls import layer_matched
 from locos_fast.models.description import describe_model
 from locos_fast.planted.model import KINDS, PlantedModel, build
 from locos_fast.planted.vocabulary import CITIES, NAMES
@@ -97,7 +98,7 @@ def measure_recall(
 ) -> Recall:
     """Recall of the intact model, without the heads LOCOS found, and without as many random heads of their layers."""
     found = sorted({head for kind in KINDS for head in scores[kind].found()})
-    controls = [layer_matched_heads(planted.model, found, seed=seed + draw) for draw in range(CONTROL_DRAWS)]
+    controls = [layer_matched(planted.model, found, seed=seed + draw).heads for draw in range(CONTROL_DRAWS)]
     runs: Sequence[Sequence[Head]] = [[], found, *controls]
     measured = [{kind: _recall(planted, trials[kind], heads) for kind in KINDS} for heads in progress(runs, "ablate")]
     control = {kind: [one[kind] for one in measured[2:]] for kind in KINDS}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from locos_fast.causal.ablation import Head
-from locos_fast.causal.controls import nearest_layer_heads
+from locos_fast.causal.controls import layer_matched
 from locos_fast.demo.lower_layers import answers_without
 from locos_fast.demo.needles import Needle, literal_needles, non_literal_needles
 from locos_fast.models.description import describe_model
@@ -94,8 +94,7 @@ def _run_kind(model: Any, tokenizer: Any, kind: str, texts: list[str], seed: int
     means = _means(model, kind, seed, scored)
     best = {key: _best(means[detector.norm], detector.array) for key, detector in DETECTORS.items()}
     controls = {
-        k: [nearest_layer_heads(model, best["locos"][:k], seed=seed + draw) for draw in range(CONTROL_DRAWS)]
-        for k in ABLATED
+        k: [layer_matched(model, best["locos"][:k], seed=seed + draw) for draw in range(CONTROL_DRAWS)] for k in ABLATED
     }
     of_detectors = [heads[:k] for heads in best.values() for k in ABLATED if len(heads) >= k]
     of_controls = [draw.heads for k in ABLATED for draw in controls[k]]
