@@ -9,7 +9,7 @@ are known in `locos_fast.planted`.
 """
 
 from locos_fast._version import __version__
-from locos_fast.causal.ablation import ablate, layer_matched_heads
+from locos_fast.causal.ablation import ablate
 from locos_fast.causal.controls import layer_matched
 from locos_fast.causal.masked_checkpoint import mask_checkpoint
 from locos_fast.models.architecture import UnsupportedModelError
@@ -30,7 +30,6 @@ __all__ = [
     "ablate",
     "attribute_tokens",
     "layer_matched",
-    "layer_matched_heads",
     "load",
     "mask_checkpoint",
     "record",

@@ -113,7 +113,7 @@ def given_heads(
     text = os.fspath(given)
     if all(HEAD.fullmatch(part) for part in text.split(",")):
         return check_heads(model, _first(parse_heads(text), k, by, "the list"))
-    if not Path(text).exists():
+    if not text or not Path(text).exists():
         raise ValueError(f"heads: expected a list such as 18-6,23-2, a score folder or a file, got {text!r}")
     return read_heads(text, model, k=k, by=by)
 

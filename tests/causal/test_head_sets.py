@@ -167,9 +167,9 @@ def test_a_scan_of_another_models_shape_is_refused(folder):
 
 
 def test_a_folder_that_holds_no_scores_is_refused(tmp_path, folder):
-    with pytest.raises(ValueError, match="is not a score folder: it has no config.json"):
+    with pytest.raises(ValueError, match=r"is not a score folder: it has no config\.json"):
         read_heads(tmp_path, SHAPE, k=1)
-    with pytest.raises(ValueError, match="k: .*scan ranks 8 heads; say how many"):
+    with pytest.raises(ValueError, match=r"k: .*scan ranks 8 heads; say how many"):
         read_heads(folder, SHAPE)
     with pytest.raises(ValueError, match="by: expected one of score"):
         read_heads(folder, SHAPE, k=1, by="locos")

@@ -246,7 +246,6 @@ def test_a_model_whose_layers_share_one_projection_is_refused(tmp_path, monkeypa
             layers[2].self_attn.o_proj.weight = layers[0].self_attn.o_proj.weight
 
     folder = saved(tmp_path / "model")
-    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaForCausalLM", Shared)
     monkeypatch.setitem(AutoModelForCausalLM._model_mapping._extra_content, LlamaConfig, Shared)
     refused(folder, f"{NAMES.format(0)} and {NAMES.format(2)} are one weight, shared by several layers")
     assert mask_checkpoint(folder, [(1, 0)], tmp_path / "masked").parameters == [NAMES.format(1)]
@@ -281,7 +280,9 @@ def test_an_adapter_is_refused(tmp_path):
 def test_weights_that_are_no_safetensors_are_refused(tmp_path):
     folder = saved(tmp_path / "model")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    refused(folder, "has no model.safetensors and no model.safetensors.index.json; other files of weights are not masked")
+    refused(
+        folder, "has no model.safetensors and no model.safetensors.index.json; other files of weights are not masked"
+    )
 
 
 def test_a_missing_or_damaged_file_of_weights_is_refused(tmp_path):
@@ -332,7 +333,7 @@ def test_the_built_in_model_becomes_an_ordinary_folder_without_the_heads(tmp_pat
         with ablate(model, heads, mode="output-zero"):
             expected = model(ids).logits
         found = masked(ids).logits
-    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert (found - expected).abs().max() <= 1e-6
     assert (found - intact).abs().max() > 1e-2 * expected.abs().max()
     assert json.loads((done.folder / PROVENANCE).read_text())["source"]["model"] == "smollm2"
     assert not (done.folder / SIZES_FILE).exists()

@@ -34,7 +34,9 @@ def test_under_the_null_the_p_value_is_at_most_x_with_probability_at_most_x(extr
         values = [rng.randrange(8) for _ in range(count + 1)]
         others = combinations(range(count + 1), count)
         p_values = [
-            against_null(values[({*range(count + 1)} - {*null}).pop()], [values[i] for i in null], extreme=extreme).p_value
+            against_null(
+                values[({*range(count + 1)} - {*null}).pop()], [values[i] for i in null], extreme=extreme
+            ).p_value
             for null in others
         ]
         for p in p_values:

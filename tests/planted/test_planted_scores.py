@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from locos_fast import LocosScorer, ablate, layer_matched_heads
+from locos_fast import LocosScorer, ablate, layer_matched
+from locos_fast.causal.ablation import layer_matched_heads
 from locos_fast.demo.known_heads import next_token
 from locos_fast.planted.model import KINDS, build
 
@@ -65,7 +66,7 @@ def test_the_found_heads_are_causal_and_random_ones_of_their_layers_are_not(plan
     assert next_token(planted, trial) == trial.answer_ids[0]
     with ablate(planted.model, found):
         assert next_token(planted, trial) != trial.answer_ids[0]
-    with ablate(planted.model, layer_matched_heads(planted.model, planted.heads[kind], seed=3)):
+    with ablate(planted.model, layer_matched(planted.model, planted.heads[kind], seed=3).heads):
         assert next_token(planted, trial) == trial.answer_ids[0]
 
 
