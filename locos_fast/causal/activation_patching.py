@@ -15,14 +15,13 @@ import contextlib
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import PreTrainedModel
 
 from locos_fast.causal.ablation import Head
 from locos_fast.models.architecture import (
@@ -43,8 +42,6 @@ Metric = Literal["first_token_logit_diff", "answer_logprob"]
 """What is measured: the logit of the answer's first token less that of the token, other than it, that the corrupted run
 prefers; or the mean log-probability of the answer's tokens, in nats."""
 METRICS: tuple[Metric, ...] = get_args(Metric)
-
-KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)  # in a cache; they hold nothing else
 
 
 def cri(
@@ -150,7 +147,7 @@ class _Runs(NamedTuple):
             with contextlib.suppress(UnsupportedModelError):
                 prefix = PrefixCache(model)
                 prefix.extend(shared)
-                if all(_serves_several_rows(layer) for layer in prefix.cache.layers):
+                if prefix.serves_several:
                     return cls(model, prefix, rows)
         return cls(model, None, rows)
 
@@ -166,25 +163,10 @@ class _Runs(NamedTuple):
         if self.prefix is None:
             logits = self.model(input_ids=ids, use_cache=False, **keep).logits
         else:
-            with self.prefix.branch():
-                _give_each_row(self.prefix.cache, len(ids))
+            with self.prefix.branches(len(ids)):
                 logits = self.model(input_ids=ids, **self.prefix.forward_arguments(), **keep).logits
         logits = logits[:, -self.rows :]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _serves_several_rows(layer: Any) -> bool:
-    """Whether a layer of a cache holds keys and values alone, or nothing because another layer does it for it. The
-    states of linear attention and of convolutions are written in place, and some models restart them."""
-    return type(layer) in KEYS_AND_VALUES or not any(isinstance(x, Tensor | dict) for x in vars(layer).values())
-
-
-def _give_each_row(cache: Cache, rows: int) -> None:
-    """Continue a cache of one prompt with several rows; on leaving its branch it is as it was. Nothing is copied: keys
-    and values are never written in place, so that all rows may read the same."""
-    for layer in cache.layers:
-        if isinstance(layer, DynamicLayer) and layer.get_seq_length():
-            layer.keys, layer.values = (x.expand(rows, -1, -1, -1) for x in (layer.keys, layer.values))
 
 
 def _measure(metric: str, answer_ids: list[int], corrupted: Tensor) -> Callable[[Tensor], Tensor]:

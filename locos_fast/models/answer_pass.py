@@ -29,6 +29,20 @@ def answer_logits(
         return row_logits(model, rest, rows, prefix.forward_arguments())
 
 
+def continued_logits(
+    model: PreTrainedModel, rests: list[Tensor], rows: list[list[int]], prefix: PrefixCache
+) -> list[Tensor]:
+    """Logits (T, vocabulary) of some rows of each of several (1, n) continuations of `prefix`, in one forward pass.
+
+    They are filled up to the same length with tokens that none of their rows sees. Raises ValueError as `row_logits`.
+    """
+    length = max(rest.shape[1] for rest in rests)
+    ids = torch.cat([torch.nn.functional.pad(rest, (0, length - rest.shape[1])) for rest in rests])
+    with prefix.branches(len(rests)):
+        logits = model(input_ids=ids, **prefix.forward_arguments()).logits
+    return [_finite(of_one[wanted]) for of_one, wanted in zip(logits, rows, strict=True)]
+
+
 def row_logits(model: PreTrainedModel, input_ids: Tensor, rows: list[int], arguments: dict[str, Any]) -> Tensor:
     """Logits (T, vocabulary) of some rows of one forward pass on (1, N) `input_ids`, given further `arguments`.
 

@@ -63,6 +63,12 @@ class Cost(NamedTuple):
         """Scoring relative to the forward pass."""
         return self.scoring_seconds / self.forward_seconds
 
+    def shared_by(self, prompts: int) -> Cost:
+        """Of one of several prompts of the same pass; the peak memory is that of all."""
+        return self._replace(
+            forward_seconds=self.forward_seconds / prompts, scoring_seconds=self.scoring_seconds / prompts
+        )
+
     def as_dict(self) -> dict[str, float | int | None]:
         """For `meta` and JSON."""
         return {**self._asdict(), "overhead": self.overhead}

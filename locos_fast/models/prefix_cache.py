@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from locos_fast.models.architecture import UnsupportedModelError
 
@@ -26,6 +26,7 @@ SLACK, SLACK_FULL = {torch.float16: 0.2, torch.bfloat16: 0.2}, 1e-2  # of the lo
 
 _continues: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
 
+KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)  # layers of a cache that hold nothing else
 REPLACED = ("keys", "values")  # by a new tensor, in every update of a DynamicLayer
 
 
@@ -63,6 +64,35 @@ class PrefixCache:
         last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
         self.model(input_ids=input_ids, **self.forward_arguments(), **last)
         self.ids += input_ids[0].tolist()
+
+    @property
+    def serves_several(self) -> bool:
+        """Whether several continuations may run side by side, a batch row each: if the layers hold keys and values
+        alone, or nothing because another layer does it for them. The states of linear attention and of convolutions are
+        written in place, and some models restart them."""
+        return all(
+            type(layer) in KEYS_AND_VALUES or not any(isinstance(x, Tensor | dict) for x in vars(layer).values())
+            for layer in self.cache.layers
+        )
+
+    @property
+    def bytes(self) -> int:
+        """Of the keys and values that are there."""
+        kept = [getattr(layer, name, None) for layer in self.cache.layers for name in REPLACED]
+        return sum(x.nbytes for x in kept if isinstance(x, Tensor))
+
+    @contextlib.contextmanager
+    def branches(self, count: int) -> Iterator[None]:
+        """`branch` for that many continuations in one forward pass, where the cache `serves_several`.
+
+        Nothing is copied here: keys and values are never written in place, so that all rows may read the same; but the
+        pass itself puts each row's own behind a copy of them, `count` times the cache in all.
+        """
+        with self.branch():
+            for layer in self.cache.layers:
+                if isinstance(layer, DynamicLayer) and layer.get_seq_length():
+                    layer.keys, layer.values = (x.expand(count, -1, -1, -1) for x in (layer.keys, layer.values))
+            yield
 
     @contextlib.contextmanager
     def branch(self) -> Iterator[None]:

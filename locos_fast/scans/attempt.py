@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -21,13 +21,14 @@ from locos_fast.models.token_chunks import TOKENS_PER_CHUNK
 from locos_fast.prompts.trials import Trial
 from locos_fast.scans.store import Arrays, Status
 from locos_fast.scoring.answer_steps import find_answer_steps
+from locos_fast.scoring.checked_prompt import Prompt
 from locos_fast.scoring.detectors import CRI
 from locos_fast.scoring.diagnosis import doubt, verdict_of
 from locos_fast.scoring.directions import Norm, check_norm
 from locos_fast.scoring.head_scores import HeadScores, check_count
 from locos_fast.scoring.prompt_parts import PromptParts
 from locos_fast.scoring.rouge_gate import passes, rouge_1_recall
-from locos_fast.scoring.score import score_tokens
+from locos_fast.scoring.score import score_prompts
 from locos_fast.scoring.tuned_lens import TunedLens
 
 CRI_METRIC: Metric = "first_token_logit_diff"
@@ -98,16 +99,32 @@ class Attempts:
         if method.lens is not None:
             method.lens.check(model)
 
-    def attempt(self, trial: Trial, prefix: PrefixCache | None) -> Outcome:
+    def attempt(self, trials: Sequence[Trial], prefix: PrefixCache | None) -> list[Outcome]:
+        """Trials that continue from one beginning: side by side where the answers are given, and each on its own where
+        they are not, or where that fails."""
+        if len(trials) > 1 and self.method.protocol == "teacher":
+            together = self._caught(lambda: self._teacher(trials, prefix, self.method.token_chunk))
+            if not isinstance(together, Exception):
+                return together
+            del together
+            free_memory()
+        return [self._alone(trial, prefix) for trial in trials]
+
+    def _alone(self, trial: Trial, prefix: PrefixCache | None) -> Outcome:
         """One trial: as it is, and where memory does not suffice once more in a smaller way."""
-        found = self._tried(trial, prefix, self.method.token_chunk)
+        by_protocol: dict[Protocol, Callable[..., list[Outcome]]] = {
+            "teacher": self._teacher,
+            "generate": self._generate,
+        }
+        run = by_protocol[self.method.protocol]
+        found = self._caught(lambda: run([trial], prefix, self.method.token_chunk))
         if isinstance(found, Exception) and is_out_of_memory(found):
             del found
             free_memory()
-            found = self._tried(trial, None, SMALL_TOKEN_CHUNK)
+            found = self._caught(lambda: run([trial], None, SMALL_TOKEN_CHUNK))
         if isinstance(found, Exception):
             return _failure("out-of-memory" if is_out_of_memory(found) else "failed", found)
-        return found
+        return found[0]
 
     def reply(self, trial: Trial) -> str:
         """What the model says to a trial's prompt."""
@@ -115,28 +132,34 @@ class Attempts:
         said = generate_greedily(self.model, trial.prompt_ids, stop=stop, max_new_tokens=self.method.max_new_tokens)
         return str(self.tokenizer.decode(said.ids))
 
-    def _tried(self, trial: Trial, prefix: PrefixCache | None, token_chunk: int | None) -> Outcome | Exception:
-        by_protocol: dict[Protocol, Callable[..., Outcome]] = {"teacher": self._teacher, "generate": self._generate}
+    def _caught(self, run: Callable[[], list[Outcome]]) -> list[Outcome] | Exception:
         try:
-            return by_protocol[self.method.protocol](trial, prefix, token_chunk)
+            return run()
         except (UnsupportedModelError, RecordingError):
             raise
         except (ValueError, RuntimeError, ArithmeticError, IndexError, MemoryError) as error:
             return error.with_traceback(None)  # whose frames would hold what did not fit
 
-    def _teacher(self, trial: Trial, prefix: PrefixCache | None, token_chunk: int | None) -> Outcome:
-        parts = PromptParts.of(trial)
-        scores = self._score(trial, trial.input_ids, trial.answer_positions, parts, prefix, token_chunk)
-        predicted, answer = scores.meta["predicted_ids"], scores.meta["answer_ids"]
-        line = {
-            "predicted_ids": predicted,
-            "answer_ids": answer,
-            "predicted": [self.tokenizer.decode([token]) for token in predicted],
-        }
-        outcome = _outcome(scores, line, passed=predicted == answer or not self.method.gate)
-        return self._with_cri(trial, outcome, token_chunk)
+    def _teacher(self, trials: Sequence[Trial], prefix: PrefixCache | None, token_chunk: int | None) -> list[Outcome]:
+        prompts = [
+            self._prompt(trial, trial.input_ids, trial.answer_positions, PromptParts.of(trial)) for trial in trials
+        ]
+        outcomes = []
+        for trial, scores in zip(trials, self._score(prompts, prefix, token_chunk), strict=True):
+            predicted, answer = scores.meta["predicted_ids"], scores.meta["answer_ids"]
+            line = {
+                "predicted_ids": predicted,
+                "answer_ids": answer,
+                "predicted": [self.tokenizer.decode([token]) for token in predicted],
+            }
+            outcome = _outcome(scores, line, passed=predicted == answer or not self.method.gate)
+            outcomes.append(self._with_cri(trial, outcome, token_chunk))
+        return outcomes
 
-    def _generate(self, trial: Trial, prefix: PrefixCache | None, token_chunk: int | None) -> Outcome:
+    def _generate(self, trials: Sequence[Trial], prefix: PrefixCache | None, token_chunk: int | None) -> list[Outcome]:
+        return [self._generate_one(trial, prefix, token_chunk) for trial in trials]
+
+    def _generate_one(self, trial: Trial, prefix: PrefixCache | None, token_chunk: int | None) -> Outcome:
         """The reply is scored as if it had been given, behind the same beginning: one more forward pass over what
         follows that, while generating is not observed at all."""
         stop = StopRules.of(self.model, self.tokenizer, max_thinking_tokens=self.method.max_thinking_tokens)
@@ -164,7 +187,8 @@ class Attempts:
         parts = PromptParts.of(trial)
         if [reply.ids[step] for step in steps] != trial.answer_ids:  # the foil's tokens stand in the places of those
             parts = parts._replace(foil_ids=None)
-        scores = self._score(trial, ids, [prompt + step for step in steps], parts, prefix, token_chunk)
+        answered = self._prompt(trial, ids, [prompt + step for step in steps], parts)
+        scores = self._score([answered], prefix, token_chunk)[0]
         return self._with_cri(trial, _outcome(scores, line, passed=True), token_chunk)
 
     def _with_cri(self, trial: Trial, outcome: Outcome, token_chunk: int | None) -> Outcome:
@@ -174,30 +198,19 @@ class Attempts:
         found = cri(self.model, trial, filler_id=filler, metric=CRI_METRIC, token_chunk=token_chunk)
         return outcome._replace(arrays={**outcome.arrays, CRI: found.astype(np.float32)})
 
-    def _score(
-        self,
-        trial: Trial,
-        ids: Tensor,
-        positions: list[int],
-        parts: PromptParts,
-        prefix: PrefixCache | None,
-        token_chunk: int | None,
-    ) -> HeadScores:
+    def _prompt(self, trial: Trial, ids: Tensor, positions: list[int], parts: PromptParts) -> Prompt:
+        ids = ids.to(self.model.get_input_embeddings().weight.device)
+        return Prompt.checked(self.model, ids, trial.needle_span, positions, parts=parts)
+
+    def _score(self, prompts: list[Prompt], prefix: PrefixCache | None, token_chunk: int | None) -> list[HeadScores]:
         norm, dtype = self.method.norm, self.model.dtype
-        scores = score_tokens(
-            self.model,
-            ids.to(self.model.get_input_embeddings().weight.device),
-            trial.needle_span,
-            positions,
-            norm=norm,
-            prefix=prefix,
-            token_chunk=token_chunk,
-            parts=parts,
-            lens=self.method.lens,
-        )
-        if norm == "frozen" and verdict_of(scores.meta["completeness"], dtype) == "wrong":
-            raise ValueError(f"completeness: {doubt(scores.meta['completeness'], dtype)}")
-        return _without_doubtful(scores, dtype)
+        options: dict[str, Any] = {"norm": norm, "token_chunk": token_chunk, "lens": self.method.lens}
+        found = []
+        for scores in score_prompts(self.model, prompts, prefix, **options):
+            if norm == "frozen" and verdict_of(scores.meta["completeness"], dtype) == "wrong":
+                raise ValueError(f"completeness: {doubt(scores.meta['completeness'], dtype)}")
+            found.append(_without_doubtful(scores, dtype))
+        return found
 
 
 def _without_doubtful(scores: HeadScores, dtype: torch.dtype) -> HeadScores:

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from locos_fast.models.description import describe_model
 from locos_fast.models.foreign_errors import is_out_of_memory
-from locos_fast.models.prefix_cache import PrefixCache
 from locos_fast.prompts.prefix_tree import PrefixNode
 from locos_fast.prompts.trials import Trial
 from locos_fast.scans.attempt import Attempts, Method, Outcome, free_memory
@@ -19,7 +18,7 @@ from locos_fast.scans.manifest import Manifest, Shard
 from locos_fast.scans.result import Scan, conclude, why_nothing
 from locos_fast.scans.store import DONE, Arrays, ScanFolder, Status
 from locos_fast.scoring.scorer import Tokenizer
-from locos_fast.scoring.shared_prefixes import behind_shared_prefixes, trial_tree
+from locos_fast.scoring.shared_prefixes import Group, behind_shared_prefixes, trial_tree
 
 FLUSH_TRIALS, FLUSH_SECONDS = 16, 5.0  # what a killed process may lose
 SHOWN_REPLIES = 3  # where no trial counts
@@ -78,8 +77,11 @@ def scan(
         skip = writer.not_to_run()
         walk = _walk(model, trials, tree, method.token_chunk, skip) if share_prefixes else _each_alone(tree, skip)
         try:
-            for number, prefix in walk:
-                writer.add(number, attempts.attempt(trials[number], prefix))
+            for numbers, prefix in walk:
+                outcomes = attempts.attempt([trials[number] for number in numbers], prefix)
+                for number, outcome in zip(numbers, outcomes, strict=True):
+                    if number not in skip:
+                        writer.add(number, outcome)
         finally:
             writer.flush()
         if "scored" not in writer.status.values():
@@ -146,13 +148,13 @@ class Writer:
 
 def _walk(
     model: PreTrainedModel, trials: Sequence[Trial], tree: PrefixNode, token_chunk: int | None, skip: set[int]
-) -> Iterator[tuple[int, PrefixCache | None]]:
+) -> Iterator[Group]:
     """Trials behind their shared beginnings; each on its own from where memory does not suffice for those."""
     handed = set(skip)
     try:
-        for number, prefix in behind_shared_prefixes(model, trials, tree, token_chunk=token_chunk, skip=skip):
-            handed.add(number)
-            yield number, prefix
+        for group in behind_shared_prefixes(model, trials, tree, token_chunk=token_chunk, skip=skip):
+            handed.update(group.trials)
+            yield group
         return
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -161,5 +163,5 @@ def _walk(
     yield from _each_alone(tree, handed)
 
 
-def _each_alone(tree: PrefixNode, skip: set[int]) -> Iterator[tuple[int, None]]:
-    return ((number, None) for number in tree.sequences() if number not in skip)
+def _each_alone(tree: PrefixNode, skip: set[int]) -> Iterator[Group]:
+    return (Group([number], None) for number in tree.sequences() if number not in skip)

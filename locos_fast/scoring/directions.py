@@ -59,6 +59,16 @@ class Target(NamedTuple):
         others = torch.tensor(list(token_ids)[: len(self.token_ids)], device=self.token_ids.device)
         return self._replace(token_ids=torch.cat([others, self.token_ids[len(others) :]]))
 
+    @classmethod
+    def joined(cls, targets: Sequence[Target]) -> Target:
+        """One behind the other; all have the same kind of contrast."""
+        if len(targets) == 1:
+            return targets[0]
+        contrasts = [target.contrast for target in targets]
+        together = [contrast for contrast in contrasts if isinstance(contrast, Tensor)]
+        contrast = torch.cat(together) if together else contrasts[0]
+        return cls(torch.cat([target.token_ids for target in targets]), contrast)
+
     def of_logits(self, logits: Tensor) -> Tensor:
         """(T,) the target's value, from (T, V) logits of the answer rows or one (V,) vector for all of them."""
         table = logits.expand(len(self.token_ids), -1)

@@ -67,11 +67,32 @@ class Recording(Mapping[int, LayerRecord]):
 
     def at(self, rows: slice | list[int]) -> Recording:
         """The same recording with some of its rows only."""
-        chosen = Recording()
+        return self._map(lambda part, axis: part[(slice(None),) * axis + (rows,)])
+
+    def of(self, batch_row: int, rows: int) -> Recording:
+        """The first `rows` rows of one batch row."""
+        one = slice(batch_row, batch_row + 1)
+        return self._map(lambda part, axis: part[one][(slice(None),) * axis + (slice(rows),)])
+
+    @classmethod
+    def joined(cls, recordings: Sequence[Recording]) -> Recording:
+        """The rows of several recordings of one batch row each, one behind the other."""
+        if len(recordings) == 1:
+            return recordings[0]
+        result = cls()
+        for layer in recordings[0]:
+            fields = zip(*(recording[layer] for recording in recordings), strict=True)
+            axes = ROW_AXIS.values()
+            result._records[layer] = LayerRecord(*(torch.cat(f, axis) for f, axis in zip(fields, axes, strict=True)))
+        return result
+
+    def _map(self, change: Callable[[Tensor, int], Tensor]) -> Recording:
+        """`change` takes a field and the axis of its rows."""
+        result = Recording()
         for layer, kept in self._records.items():
             fields = zip(kept, ROW_AXIS.values(), strict=True)
-            chosen._records[layer] = LayerRecord(*(part[(slice(None),) * axis + (rows,)] for part, axis in fields))
-        return chosen
+            result._records[layer] = LayerRecord(*(change(part, axis) for part, axis in fields))
+        return result
 
 
 @contextlib.contextmanager

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from locos_fast.models.prefix_cache import PrefixCache
 from locos_fast.models.token_chunks import TOKENS_PER_CHUNK
 from locos_fast.ops.backends import BackendName
 from locos_fast.prompts.trials import Trial
+from locos_fast.scoring.checked_prompt import Prompt
 from locos_fast.scoring.directions import Norm
 from locos_fast.scoring.head_scores import HeadScores
 from locos_fast.scoring.prompt_parts import Detectors, PromptParts
-from locos_fast.scoring.score import score_tokens
+from locos_fast.scoring.score import score_prompts
 from locos_fast.scoring.shared_prefixes import behind_shared_prefixes, trial_tree
 
 
@@ -50,7 +49,9 @@ class LocosScorer:
         answer was tokenised. detectors: "published", the six arrays that are attributes of `HeadScores`, or "all",
         which reads the rows of the question and of the prompt's end, too, for what `HeadScores.others` then holds.
         """
-        return self._score(trial, None, norm, contrast, backend, verify, token_chunk, detectors)
+        prompt = self._prompt(trial, contrast, detectors)
+        scores = score_prompts(self.model, [prompt], **self._options(norm, backend, verify, token_chunk))
+        return self._described(scores[0], trial)
 
     def score_many(
         self,
@@ -67,7 +68,8 @@ class LocosScorer:
         """`score` of each trial, in the order given; what several prompts begin with is computed once.
 
         A shared beginning is kept as a KV cache, from which each trial continues and which is then put back: exact for
-        causal models, up to rounding. It takes the memory of that cache on top of a single trial's. `meta` says how
+        causal models, up to rounding. Trials that have little left share a forward pass. It takes the memory of that
+        cache on top of a single trial's, and of its copies in such a pass, at most 1 GiB. `meta` says how
         many tokens were shared (`prefix_tokens`), 0 where the model takes no cache or its keys depend on the length
         of the prompt.
         done: called with a trial's place in `trials` and its scores as soon as they are there.
@@ -75,41 +77,32 @@ class LocosScorer:
         results: dict[int, HeadScores] = {}
         tree = trial_tree(trials, detectors) if trials else None
         walk = () if tree is None else behind_shared_prefixes(self.model, trials, tree, token_chunk=token_chunk)
-        for number, prefix in walk:
-            results[number] = self._score(
-                trials[number], prefix, norm, contrast, backend, verify, token_chunk, detectors
-            )
-            if done is not None:
-                done(number, results[number])
+        options = self._options(norm, backend, verify, token_chunk)
+        for numbers, prefix in walk:
+            prompts = [self._prompt(trials[number], contrast, detectors) for number in numbers]
+            for number, scores in zip(numbers, score_prompts(self.model, prompts, prefix, **options), strict=True):
+                results[number] = self._described(scores, trials[number])
+                if done is not None:
+                    done(number, results[number])
         return [results[i] for i in range(len(trials))]
 
-    def _ids(self, trial: Trial) -> Tensor:
-        return trial.input_ids.to(self.model.get_input_embeddings().weight.device)
-
-    def _score(
-        self,
-        trial: Trial,
-        prefix: PrefixCache | None,
-        norm: Norm | None,
-        contrast: str | Sequence[int] | None,
-        backend: BackendName | None,
-        verify: bool,
-        token_chunk: int | None,
-        detectors: Detectors,
-    ) -> HeadScores:
-        scores = score_tokens(
+    def _prompt(self, trial: Trial, contrast: str | Sequence[int] | None, detectors: Detectors) -> Prompt:
+        return Prompt.checked(
             self.model,
-            self._ids(trial),
+            trial.input_ids.to(self.model.get_input_embeddings().weight.device),
             trial.needle_span,
             trial.answer_positions,
-            norm=norm or self.norm,
             contrast=contrast,
-            backend=backend or self.backend,
-            verify=verify,
-            token_chunk=token_chunk,
-            prefix=prefix,
             parts=PromptParts.of(trial) if detectors == "all" else None,
         )
+
+    def _options(
+        self, norm: Norm | None, backend: BackendName | None, verify: bool, token_chunk: int | None
+    ) -> dict[str, Any]:
+        given = {"norm": norm or self.norm, "backend": backend or self.backend}
+        return given | {"verify": verify, "token_chunk": token_chunk}
+
+    def _described(self, scores: HeadScores, trial: Trial) -> HeadScores:
         scores.meta |= trial.describe()
         scores.meta["answer_tokens"] = [self.tokenizer.decode([token]) for token in trial.answer_ids]
         return scores

@@ -38,6 +38,19 @@ class Directions(NamedTuple):
     offsets: dict[str, dict[int, Tensor]]
     meta: dict[str, Any]
 
+    def of_rows(self, rows: slice) -> Directions:
+        """For some of the rows."""
+        chosen = [
+            {target: {number: x[rows] for number, x in layers.items()} for target, layers in by_target.items()}
+            for by_target in (self.toward, self.offsets)
+        ]
+        return Directions(chosen[0], chosen[1], self.meta)
+
+    def has(self, *, with_parts: bool) -> set[str]:
+        """The needs of detectors that these meet."""
+        needs = {"answer-frozen": "frozen", "answer-lens": "lens"}
+        return {need for target, need in needs.items() if with_parts and target in self.toward}
+
     def of_layer(self, number: int, rows: Rows) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One layer's directions and offsets; the foil's for as many rows as the foil has."""
         toward = {target: layers[number] for target, layers in self.toward.items()}

@@ -17,6 +17,7 @@ from locos_fast.causal import activation_patching
 from locos_fast.causal.activation_patching import METRICS, cri
 from locos_fast.models.architecture import UnsupportedModelError
 from locos_fast.models.attention_registry import RecordingError
+from locos_fast.models.prefix_cache import PrefixCache
 from locos_fast.prompts.trials import Trial
 from tests.oracles import architecture_models, further_families, tiny_models
 from tests.oracles.architecture_models import FAMILIES, build
@@ -228,6 +229,7 @@ def passes(model: PreTrainedModel) -> Iterator[list[tuple[int, ...]]]:
 
 def test_only_what_follows_the_needles_beginning_runs_again() -> None:
     model, rest = build("llama"), LENGTH - NEEDLE[0]
+    PrefixCache(model)  # which is shown once that the model continues from it
     with passes(model) as seen:
         cri(model, trial(), filler_id=FILLER, batch=5)
     assert seen == [(1, NEEDLE[0]), (1, rest), (1, rest), (5, rest), (5, rest), (2, rest)]

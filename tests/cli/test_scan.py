@@ -50,7 +50,7 @@ def test_tables_say_the_best_heads_the_gate_and_where_the_files_are(capsys, monk
 
 
 def test_interrupted_it_exits_with_130_and_resumes(capsys, monkeypatch, folder, tmp_path) -> None:
-    real, calls = attempt.score_tokens, []
+    real, calls = attempt.score_prompts, []
 
     def interrupted(*arguments, **options):
         calls.append(1)
@@ -59,7 +59,7 @@ def test_interrupted_it_exits_with_130_and_resumes(capsys, monkeypatch, folder, 
         return real(*arguments, **options)
 
     run(capsys, monkeypatch, scan_command(folder, tmp_path / "whole"))
-    monkeypatch.setattr(attempt, "score_tokens", interrupted)
+    monkeypatch.setattr(attempt, "score_prompts", interrupted)
     code, _, err = run(capsys, monkeypatch, scan_command(folder, tmp_path / "x"))
     assert code == 130 and "--resume continues" in err and "Traceback" not in err
     assert len((tmp_path / "x" / "trials.jsonl").read_text().splitlines()) == 9

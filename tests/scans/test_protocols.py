@@ -84,12 +84,12 @@ def test_only_the_tokens_that_give_the_answer_are_scored(tokenizer, tmp_path: Pa
     late = dataclasses.replace(
         whole, answer_ids=whole.answer_ids[2:], answer=tokenizer.decode(whole.answer_ids[2:]), foil_ids=None
     )
-    found = Attempts(model, tokenizer, GENERATE).attempt(late, None)
+    found = Attempts(model, tokenizer, GENERATE).attempt([late], None)[0]
     assert found.line["answer_steps"] == [2, 3] and found.line["generated"] == whole.answer
     behind = dataclasses.replace(
         late, prompt_ids=[*whole.prompt_ids, *whole.answer_ids[:2]], length=len(whole.prompt_ids) + 2, lead_tokens=2
     )
-    given = Attempts(model, tokenizer, Method()).attempt(behind, None)
+    given = Attempts(model, tokenizer, Method()).attempt([behind], None)[0]
     for name in ("score", "dla", "qrhead", "contrastive"):
         np.testing.assert_allclose(found.arrays[name], given.arrays[name], rtol=0, atol=1e-5)
 
@@ -130,7 +130,7 @@ def test_generating_is_not_observed(tokenizer, monkeypatch: pytest.MonkeyPatch) 
         return real(model, *arguments, **options)
 
     monkeypatch.setattr(attempt, "generate_greedily", watched)
-    Attempts(model, tokenizer, GENERATE).attempt(trial_of(model, tokenizer, 0), None)
+    Attempts(model, tokenizer, GENERATE).attempt([trial_of(model, tokenizer, 0)], None)
     assert hooks == [0]
 
 

@@ -176,16 +176,16 @@ def test_a_scan_of_another_schema_is_refused(model, trials, tmp_path: Path) -> N
 
 def lacking_memory(monkeypatch: pytest.MonkeyPatch, which: Trial, *, times: int) -> list[int | None]:
     """Scoring the trial `which` runs out of memory that many times; returns the chunks it was tried with."""
-    real, chunks = attempt.score_tokens, []
+    real, chunks = attempt.score_prompts, []
 
-    def score(model, input_ids, needle_span, answer_positions, **options):
-        if torch.equal(input_ids, which.input_ids):
+    def score(model, prompts, *arguments, **options):
+        if len(prompts) == 1 and torch.equal(prompts[0].input_ids, which.input_ids):
             chunks.append(options["token_chunk"])
             if len(chunks) <= times:
                 torch.empty(2**60, dtype=torch.uint8)  # more than any machine has
-        return real(model, input_ids, needle_span, answer_positions, **options)
+        return real(model, prompts, *arguments, **options)
 
-    monkeypatch.setattr(attempt, "score_tokens", score)
+    monkeypatch.setattr(attempt, "score_prompts", score)
     return chunks
 
 

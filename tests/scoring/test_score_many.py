@@ -114,7 +114,9 @@ def test_what_is_done_is_skipped_and_the_rest_keeps_its_bits() -> None:
             i: score_tokens(
                 scorer.model, trials[i].input_ids, trials[i].needle_span, trials[i].answer_positions, prefix=prefix
             )
-            for i, prefix in walk
+            for group, prefix in walk
+            for i in group
+            if i not in skip
         }
 
     everything, rest = scored(set()), scored({0, 2, 3})
