@@ -119,9 +119,9 @@ def check_continues(model: PreTrainedModel) -> None:
 
     Shown once a model, on a few random tokens; a model without weights, on the meta device, shows nothing.
     """
-    if model.get_input_embeddings().weight.is_meta:
-        return
     if model not in _continues:
+        if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+            return
         _continues[model] = _shows_to_continue(model)
     if not _continues[model]:
         raise UnsupportedModelError(
