@@ -9,7 +9,9 @@ from benchmarks.suite import Cells, Panel, line
 from benchmarks.units import times
 
 PROVIDERS = (PUBLIC, ALONE, SINGLE, PACKED)
-WANTED = {SINGLE: 4.0, PUBLIC: 10.0}  # times as many trials per minute with JUDGED needles to a context
+# times as many trials per minute with JUDGED needles to a context; single scans whose beginnings are shared compute
+# half of each prompt on average, a packed one an eighth, so that no more than 4 is to be had there: shown, not judged
+WANTED = {ALONE: 4.0, PUBLIC: 10.0}
 JUDGED_NEEDLES, JUDGED_TOKENS = 8, range(1800, 2201)
 
 TITLES = "provider,model,tokens,needles,trials,dtype,trials/min,p20,p80,packed is,p20,p80,answered".split(",")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 
 HEADS_SHOWN = 10
 INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended
+REASONS_SHOWN = 3
 LOG_SECONDS = 30.0  # between lines of progress where there is no terminal
 
 
@@ -68,8 +68,10 @@ def scan(
         str,
         typer.Option(help="teacher: the answer is given, one pass scores it; generate: the model answers by itself."),
     ] = "teacher",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a generated reply.")] = 50,
-    max_thinking_tokens: Annotated[int, typer.Option(min=0, help="Of a generated reply, on top of those.")] = 0,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of a generated reply; 50.")] = None,
+    max_thinking_tokens: Annotated[
+        int | None, typer.Option(min=0, help="Of a generated reply, on top of those; 0.")
+    ] = None,
     gate: Annotated[bool, typer.Option(help="Count only trials that the model itself answers right.")] = True,
     tuned_lens: Annotated[
         Path | None, typer.Option(help="Also score through a tuned lens, a .pt or .safetensors file.")
@@ -105,15 +107,12 @@ def scan(
     from locos_fast.scoring.tuned_lens import TunedLens
 
     part = None if shard is None else Shard.parse(shard)
-    method = Method(
-        protocol,  # type: ignore[arg-type]  # checked there
-        check_norm(norm),
-        gate,
-        max_new_tokens=max_new_tokens,
-        max_thinking_tokens=max_thinking_tokens,
-        lens=None if tuned_lens is None else TunedLens.load(tuned_lens),
-        cri=cri,
-    )
+    of_reply = {"max_new_tokens": max_new_tokens, "max_thinking_tokens": max_thinking_tokens}
+    given = {name: tokens for name, tokens in of_reply.items() if tokens is not None}
+    if given and protocol != "generate":
+        raise ValueError(f"{next(iter(given)).replace('_', '-')}: only --protocol generate has replies")
+    lens = None if tuned_lens is None else TunedLens.load(tuned_lens)
+    method = Method(protocol, check_norm(norm), gate, lens=lens, cri=cri, **given)  # type: ignore[arg-type]
     ScanFolder(out).check_free(resume=resume)
     check_writable(out)
     composed_for = trials_of(
@@ -148,7 +147,7 @@ def scan(
             trials,
             out,
             method=method,
-            config=config | {"revision": revision} | _sha256("tuned_lens_sha256", tuned_lens),
+            config=config | {"revision": revision},
             shard=part,
             resume=resume,
             share_prefixes=with_cache is None or with_cache.fits,
@@ -159,10 +158,6 @@ def scan(
         _note(f"interrupted; what is done is in {out}, and --resume continues from there")
         raise typer.Exit(INTERRUPTED) from None
     show_scan(result, out, as_json)
-
-
-def _sha256(name: str, file: Path | None) -> dict[str, str]:
-    return {} if file is None else {name: hashlib.sha256(file.read_bytes()).hexdigest()}
 
 
 def show_scan(result: Scan, out: Path, as_json: bool) -> None:
@@ -193,8 +188,18 @@ def show_scan(result: Scan, out: Path, as_json: bool) -> None:
     show(scan_tables.detectors_table(scores), scan_tables.gate_table(result.cells))
     statuses = ", ".join(f"{count} {status}" for status, count in sorted(result.statuses.items()))
     say(f"trials: {statuses}")
+    for reason in unscored_reasons(out)[:REASONS_SHOWN]:
+        say(f"not scored: {reason}; scan --resume tries such trials again")
     say(scan_tables.statistics_line(scores))
     say(f"scores and trials in {out}")
+
+
+def unscored_reasons(out: Path) -> list[str]:
+    """Why trials failed, or lacked memory; each reason once."""
+    from locos_fast.scans.store import DONE, ScanFolder
+
+    lines = ScanFolder(out).lines().values()
+    return list(dict.fromkeys(str(line.get("reason")) for line in lines if line["status"] not in DONE))
 
 
 def _reporter() -> Callable[[Progress], None]:
@@ -217,7 +222,7 @@ def _reporter() -> Callable[[Progress], None]:
 def _progress_line(progress: Progress) -> str:
     left, speed = progress.total - progress.done, progress.run / max(progress.seconds, 1e-9)
     return (
-        f"{progress.done} of {progress.total} trials, {progress.passed / max(progress.ended, 1):.0%} pass, "
+        f"{progress.done} of {progress.total} trials, {progress.passed / max(progress.judged, 1):.0%} pass, "
         f"{progress.tokens / max(progress.seconds, 1e-9):.0f} tokens/s, about {left / speed:.0f} s left"
     )
 

@@ -67,7 +67,11 @@ class Method:
         check_norm(self.norm)
         if self.protocol not in get_args(Protocol):
             raise ValueError(f"protocol: expected {' or '.join(get_args(Protocol))}, got {self.protocol!r}")
-        check_count("max_new_tokens", self.max_new_tokens)
+        if check_count("max_new_tokens", self.max_new_tokens) < 1:
+            raise ValueError(f"max_new_tokens: expected at least 1, got {self.max_new_tokens}")
+        check_count("max_thinking_tokens", self.max_thinking_tokens)
+        if self.lens is not None and self.norm != "none":
+            raise ValueError(f"tuned lens: it reads raw unembedding rows, norm none, got norm {self.norm!r}")
 
     @property
     def reply_tokens(self) -> int:
@@ -78,7 +82,7 @@ class Method:
         """What scores depend on of it."""
         generating = {"max_new_tokens": self.max_new_tokens, "max_thinking_tokens": self.max_thinking_tokens}
         of_protocol = generating if self.protocol == "generate" else {}
-        further = {"tuned_lens": self.lens.source} if self.lens is not None else {}
+        further = {"tuned_lens_sha256": self.lens.digest} if self.lens is not None else {}
         further |= {CRI: CRI_METRIC} if self.cri else {}
         return {"protocol": self.protocol, "gate": self.gate, "norm": self.norm} | of_protocol | further
 
@@ -152,7 +156,7 @@ class Attempts:
                 "answer_ids": answer,
                 "predicted": [self.tokenizer.decode([token]) for token in predicted],
             }
-            outcome = _outcome(scores, line, passed=predicted == answer or not self.method.gate)
+            outcome = _outcome(scores, line, right=predicted == answer, gate=self.method.gate)
             outcomes.append(self._with_cri(trial, outcome, token_chunk))
         return outcomes
 
@@ -180,8 +184,10 @@ class Attempts:
             "rouge_1_recall": rouge_1_recall(trial.answer, said),
             "answer_steps": steps,
         }
-        if not steps or (self.method.gate and not passes(trial.answer, said)):
-            return Outcome("gated", line, {})
+        right = passes(trial.answer, said)
+        if not steps or (self.method.gate and not right):
+            reason = {} if steps or not right else {"reason": "none of its tokens spell the answer"}
+            return Outcome("gated", line | {"right": right} | reason, {})
         prompt = len(trial.prompt_ids)
         ids = torch.tensor([[*trial.prompt_ids, *reply.ids[: steps[-1] + 1]]])
         parts = PromptParts.of(trial)
@@ -189,13 +195,19 @@ class Attempts:
             parts = parts._replace(foil_ids=None)
         answered = self._prompt(trial, ids, [prompt + step for step in steps], parts)
         scores = self._score([answered], prefix, token_chunk)[0]
-        return self._with_cri(trial, _outcome(scores, line, passed=True), token_chunk)
+        return self._with_cri(trial, _outcome(scores, line, right=right, gate=self.method.gate), token_chunk)
 
     def _with_cri(self, trial: Trial, outcome: Outcome, token_chunk: int | None) -> Outcome:
         if not self.method.cri or outcome.status != "scored":
             return outcome
-        filler = self.tokenizer(".", add_special_tokens=False)["input_ids"][-1]
-        found = cri(self.model, trial, filler_id=filler, metric=CRI_METRIC, token_chunk=token_chunk)
+        filler = self.tokenizer(".", add_special_tokens=False)["input_ids"][-1:]
+        try:
+            if not filler:
+                raise ValueError("the tokenizer has no token for a full stop, which would take the needle's place")
+            found = cri(self.model, trial, filler_id=filler[0], metric=CRI_METRIC, token_chunk=token_chunk)
+        except (ValueError, RuntimeError, MemoryError) as error:  # the other detectors' scores are there
+            free_memory()
+            return outcome._replace(line=outcome.line | {"cri_failed": _first_line(error)})
         return outcome._replace(arrays={**outcome.arrays, CRI: found.astype(np.float32)})
 
     def _prompt(self, trial: Trial, ids: Tensor, positions: list[int], parts: PromptParts) -> Prompt:
@@ -223,19 +235,22 @@ def _without_doubtful(scores: HeadScores, dtype: torch.dtype) -> HeadScores:
     return dataclasses.replace(scores, others=kept, meta=scores.meta | doubtful)
 
 
-def _outcome(scores: HeadScores, line: dict[str, Any], *, passed: bool) -> Outcome:
-    line |= {"prefix_tokens": scores.meta["prefix_tokens"]}
+def _outcome(scores: HeadScores, line: dict[str, Any], *, right: bool, gate: bool) -> Outcome:
+    line |= {"right": right, "prefix_tokens": scores.meta["prefix_tokens"]}
     if reason := scores.meta.get("frozen_unavailable"):
         line["frozen_unavailable"] = reason
-    if not passed:
+    if gate and not right:
         return Outcome("gated", line, {})
     return Outcome("scored", line, {name: scores.array(name).astype(np.float32) for name in scores.names})
 
 
 def _failure(status: Status, error: Exception) -> Outcome:
+    return Outcome(status, {"reason": _first_line(error)}, {})
+
+
+def _first_line(error: Exception) -> str:
     text = str(error).strip()
-    reason = text.splitlines()[0] if text else type(error).__name__
-    return Outcome(status, {"reason": reason}, {})
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def free_memory() -> None:

@@ -18,7 +18,7 @@ from locos_fast.scans.manifest import Manifest, Shard
 from locos_fast.scans.result import Scan, conclude, why_nothing
 from locos_fast.scans.store import DONE, Arrays, ScanFolder, Status
 from locos_fast.scoring.scorer import Tokenizer
-from locos_fast.scoring.shared_prefixes import Group, behind_shared_prefixes, trial_tree
+from locos_fast.scoring.shared_prefixes import Group, behind_shared_prefixes, cannot_share, trial_tree
 
 FLUSH_TRIALS, FLUSH_SECONDS = 16, 5.0  # what a killed process may lose
 SHOWN_REPLIES = 3  # where no trial counts
@@ -27,10 +27,10 @@ SHOWN_REPLIES = 3  # where no trial counts
 class Progress(NamedTuple):
     """Where a run stands. What earlier runs did counts as done, but not into run, tokens and seconds."""
 
-    done: int  # trials
+    done: int  # trials that this run does not try, or try again
     total: int
     passed: int
-    ended: int  # trials that came to an end
+    judged: int  # trials that were scored or gated out
     run: int  # trials of this run
     tokens: int
     seconds: float
@@ -75,7 +75,9 @@ def scan(
         mine = (shard or Shard(0, 1)).slice_of(list(tree.sequences()))
         writer = Writer(folder, manifest, mine, progress)
         skip = writer.not_to_run()
-        walk = _walk(model, trials, tree, method.token_chunk, skip) if share_prefixes else _each_alone(tree, skip)
+        if share_prefixes and (reason := cannot_share(model)):
+            notice(f"{reason}; each trial is run on its own")
+        walk = _walk(model, trials, tree, method.token_chunk, skip, notice) if share_prefixes else _alone(tree, skip)
         try:
             for numbers, prefix in walk:
                 outcomes = attempts.attempt([trials[number] for number in numbers], prefix)
@@ -106,6 +108,7 @@ class Writer:
         self.status: dict[str, Status] = {key: line["status"] for key, line in folder.lines().items()}
         self.lines: list[dict[str, Any]] = []
         self.arrays: dict[str, Arrays] = {}
+        self.tried: set[int] = set()  # in this run
         self.run, self.tokens, self.started = 0, 0, time.monotonic()
         self.flushed = self.started
 
@@ -120,6 +123,7 @@ class Writer:
         if outcome.arrays:
             self.arrays[key] = outcome.arrays
         self.status[key] = outcome.status
+        self.tried.add(number)
         self.run += 1
         self.tokens += trial.length
         if len(self.lines) >= FLUSH_TRIALS or time.monotonic() - self.flushed >= FLUSH_SECONDS:
@@ -136,10 +140,10 @@ class Writer:
     def _progress(self) -> Progress:
         states = [self.status.get(self.manifest.keys[i]) for i in self.mine]
         return Progress(
-            done=sum(state in DONE for state in states),
+            done=sum(i in self.tried or state in DONE for i, state in zip(self.mine, states, strict=True)),
             total=len(self.mine),
             passed=states.count("scored"),
-            ended=len(states) - states.count(None),
+            judged=states.count("scored") + states.count("gated"),
             run=self.run,
             tokens=self.tokens,
             seconds=time.monotonic() - self.started,
@@ -147,7 +151,12 @@ class Writer:
 
 
 def _walk(
-    model: PreTrainedModel, trials: Sequence[Trial], tree: PrefixNode, token_chunk: int | None, skip: set[int]
+    model: PreTrainedModel,
+    trials: Sequence[Trial],
+    tree: PrefixNode,
+    token_chunk: int | None,
+    skip: set[int],
+    notice: Callable[[str], None],
 ) -> Iterator[Group]:
     """Trials behind their shared beginnings; each on its own from where memory does not suffice for those."""
     handed = set(skip)
@@ -160,8 +169,9 @@ def _walk(
         if not is_out_of_memory(error):
             raise
     free_memory()  # out here, where the error no longer holds the cache
-    yield from _each_alone(tree, handed)
+    notice("memory does not suffice for what prompts share; the other trials are run each on its own")
+    yield from _alone(tree, handed)
 
 
-def _each_alone(tree: PrefixNode, skip: set[int]) -> Iterator[Group]:
+def _alone(tree: PrefixNode, skip: set[int]) -> Iterator[Group]:
     return (Group([number], None) for number in tree.sequences() if number not in skip)

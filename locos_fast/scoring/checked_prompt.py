@@ -44,7 +44,8 @@ class Prompt(NamedTuple):
         in_order, contrast = _in_order(positions, contrast_ids(model, contrast, len(positions)))
         if parts is not None and parts.foil_ids:
             check_foil_ids(model, parts.foil_ids)
-        return cls(input_ids, spans, in_order, contrast, parts, Rows.of(in_order, parts))
+        rows = Rows.of(in_order, parts, input_ids[0, in_order].tolist())
+        return cls(input_ids, spans, in_order, contrast, parts, rows)
 
     @property
     def answer_rows(self) -> list[int]:
@@ -63,7 +64,7 @@ class Prompt(NamedTuple):
     def targets(self) -> dict[str, Target]:
         """What heads are scored toward: the answer and, where there is one, the foil in its place."""
         targets = {"answer": Target.of(self.answer_ids, self.contrast)}
-        if self.parts is not None and self.parts.foil_ids:
+        if self.parts is not None and self.parts.foil_ids and self.rows.foil_steps:
             targets["foil"] = targets["answer"].instead(self.parts.foil_ids)
         return targets
 
@@ -72,7 +73,7 @@ class Prompt(NamedTuple):
         if self.parts is None:
             return set()
         has = {"prompt"} | ({"question"} if self.parts.question is not None else set())
-        return has | ({"foil"} if self.parts.foil_ids else set())
+        return has | ({"foil"} if self.rows.foil_steps else set())
 
 
 def _in_order(positions: list[int], contrast: str | list[int] | None) -> tuple[list[int], str | list[int] | None]:

@@ -120,8 +120,7 @@ def _wu(e: LayerEvidence) -> Tensor:
 
 
 def _foil(e: LayerEvidence) -> Tensor:
-    toward_foil = e.sums("foil").score
-    return e.mean(e.sums().score[: len(toward_foil)] - toward_foil, e.rows.foil)
+    return e.mean(e.sums().score[e.rows.foil_steps] - e.sums("foil").score, e.rows.foil)
 
 
 def _contrastive(e: LayerEvidence) -> Tensor:
@@ -184,7 +183,7 @@ DETECTORS: tuple[Detector, ...] = (
     Detector(
         "locos_foil",
         "LOCOS against a foil",
-        "LOCOS toward the answer less LOCOS toward a wrong answer of the same type, over their common tokens",
+        "LOCOS toward the answer less toward a wrong one of the same type, over the tokens in which they differ",
         "this project",
         _foil,
         ("foil",),
@@ -192,7 +191,7 @@ DETECTORS: tuple[Detector, ...] = (
     Detector(
         "locos_wrong",
         "LOCOS toward the foil",
-        "L+ - L- toward a wrong answer of the same type",
+        "L+ - L- toward a wrong answer of the same type, over the tokens in which it differs from the right one",
         "this project",
         lambda e: e.mean(e.sums("foil").score, e.rows.foil),
         ("foil",),
@@ -200,9 +199,9 @@ DETECTORS: tuple[Detector, ...] = (
     Detector(
         "dla_foil",
         "DLA against a foil",
-        "DLA toward the answer less DLA toward a wrong answer of the same type, over their common tokens",
+        "DLA toward the answer less toward a wrong one of the same type, over the tokens in which they differ",
         "this project",
-        lambda e: (e.sums().total[: len(e.sums("foil").total)] - e.sums("foil").total).mean(0),
+        lambda e: (e.sums().total[e.rows.foil_steps] - e.sums("foil").total).mean(0),
         ("foil",),
     ),
     Detector(

@@ -37,23 +37,23 @@ class Rows(NamedTuple):
     """The rows that are recorded, increasing, and the places in `recorded` of those that belong together."""
 
     recorded: list[int]
-    foil_count: int
+    foil_steps: list[int]  # which of the answer's tokens have another one of the foil in their place
     answer: Places  # each predicts a token of the answer
-    foil: Places  # of these the first, each of which has a token of the foil, too
+    foil: Places  # those of the foil's steps
     last: Places  # of the prompt
     anchors: Places  # the last of the prompt
     question: Places
     reply: Places  # each predicts a token of the reply that is not the answer's
 
     @classmethod
-    def of(cls, answer_positions: Sequence[int], parts: PromptParts | None) -> Rows:
-        """answer_positions: indices, increasing, of the answer's tokens.
+    def of(cls, answer_positions: Sequence[int], parts: PromptParts | None, answer_ids: Sequence[int] = ()) -> Rows:
+        """answer_positions: indices, increasing, of the answer's tokens, which are `answer_ids`.
 
         Raises ValueError, naming it, for a part that does not lie in the prompt.
         """
         answer = [position - 1 for position in answer_positions]
         if parts is None:
-            return cls(answer, 0, slice(None), [], [], [], [], [])
+            return cls(answer, [], slice(None), [], [], [], [], [])
         end = parts.prompt_tokens
         if not 0 < end <= answer_positions[0]:
             raise ValueError(f"prompt_tokens: expected 1..{answer_positions[0]}, in front of the answer, got {end}")
@@ -64,9 +64,11 @@ class Rows(NamedTuple):
             raise ValueError(f"question: expected 0 <= start < end <= {end}, got ({first}, {last})")
         of_the_answer = set(answer_positions)
         begun = range(max(end - parts.lead_tokens, 1), max(answer_positions) + 1)
+        pairs = zip(answer_ids, parts.foil_ids or (), strict=False)
+        foil_steps = [step for step, (token, other) in enumerate(pairs) if token != other]
         groups = [
             answer,
-            answer[: len(parts.foil_ids or ())],
+            [answer[step] for step in foil_steps],
             [end - 1],
             list(range(max(end - ANCHORS, 0), end)),
             list(range(first, last)),
@@ -75,13 +77,13 @@ class Rows(NamedTuple):
         recorded = sorted({row for group in groups for row in group})
         place = {row: i for i, row in enumerate(recorded)}
         chosen = [_selector([place[row] for row in group]) for group in groups]
-        return cls(recorded, len(groups[1]), *chosen)
+        return cls(recorded, foil_steps, *chosen)
 
 
 def first_row(trial: Trial, detectors: Detectors) -> int:
     """The first row of a trial that is read; what stands in front of it may be shared between prompts."""
     parts = PromptParts.of(trial) if detectors == "all" else None
-    return Rows.of(trial.answer_positions, parts).recorded[0]
+    return Rows.of(trial.answer_positions, parts, trial.answer_ids).recorded[0]
 
 
 def _selector(places: list[int]) -> Places:

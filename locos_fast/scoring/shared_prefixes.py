@@ -35,6 +35,15 @@ class Group(NamedTuple):
     prefix: PrefixCache | None  # keys and values of the beginning; None where nothing is shared or there is no cache
 
 
+def cannot_share(model: PreTrainedModel) -> str | None:
+    """Why a model's prompts cannot share beginnings; None if they can."""
+    try:
+        PrefixCache(model)
+    except UnsupportedModelError as error:
+        return str(error)
+    return None
+
+
 def behind_shared_prefixes(
     model: PreTrainedModel,
     trials: Sequence[Trial],

@@ -52,10 +52,10 @@ class Directions(NamedTuple):
         return {need for target, need in needs.items() if with_parts and target in self.toward}
 
     def of_layer(self, number: int, rows: Rows) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """One layer's directions and offsets; the foil's for as many rows as the foil has."""
+        """One layer's directions and offsets; the foil's for the rows in which it differs from the answer."""
         toward = {target: layers[number] for target, layers in self.toward.items()}
         if "foil" in toward:
-            toward["foil"] = toward["foil"][: rows.foil_count]
+            toward["foil"] = toward["foil"][rows.foil_steps]
         return toward, {target: layers[number] for target, layers in self.offsets.items()}
 
 

@@ -15,6 +15,8 @@ and are otherwise those of `detectors`. Summed, with the head output and the mas
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import pickle
 import re
 from collections import defaultdict
@@ -100,6 +102,16 @@ class TunedLens:
                 f"{self.source}: layer {self.layers[0]}: expected ({hidden}, {hidden}), the model's hidden size, got "
                 f"({self.hidden}, {self.hidden})"
             )
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """sha256 of the translators."""
+        found = hashlib.sha256()
+        for number, linear in self._translators.items():
+            for tensor in (linear.weight, linear.bias):
+                found.update(f"{number} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
 
     def direction(self, layer: int, d: Tensor) -> Tensor:
         """d + A^T d, (T, hidden) in the dtype and on the device of `d`, which is float32, or float64."""

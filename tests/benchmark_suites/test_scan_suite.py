@@ -206,25 +206,23 @@ def judged(case: ScanCase, **over: float) -> dict[str, bool | None]:
 
 
 def test_goals_are_judged_at_two_thousand_tokens_with_eight_needles():
-    assert judged(CASE, scan_single=4.1, public=10.2) == {SINGLE: True, PUBLIC: True}
-    assert judged(CASE, scan_single=3.9, public=9.9) == {SINGLE: False, PUBLIC: False}
-    assert judged(CASE, scan_single_alone=1.0, scan_single=4.0, public=10.0)[ALONE] is None
+    assert judged(CASE, scan_single_alone=4.1, public=10.2) == {ALONE: True, PUBLIC: True}
+    assert judged(CASE, scan_single_alone=3.9, public=9.9) == {ALONE: False, PUBLIC: False}
+    assert judged(CASE, scan_single_alone=4.0, scan_single=1.0, public=10.0)[SINGLE] is None
     for other in (CASE._replace(needles=4), CASE._replace(n_tokens=400)):
-        assert judged(other, scan_single=1.0, public=1.0) == {SINGLE: None, PUBLIC: None}
+        assert judged(other, scan_single_alone=1.0, public=1.0) == {ALONE: None, PUBLIC: None}
 
 
 def test_a_goal_that_was_not_measured_is_said():
-    goals = scan_table.judge(Results([Measurement.of(SINGLE, OVER, [5.0], CASE)], [Absent(PUBLIC, CASE, "why")]), "cpu")
+    goals = scan_table.judge(Results([Measurement.of(ALONE, OVER, [5.0], CASE)], [Absent(PUBLIC, CASE, "why")]), "cpu")
     assert [goal.passed for goal in goals] == [True, None]
     assert "not measured" in goals[1].text and "at least 10x" in goals[1].text
 
 
 def test_scatter_of_the_rounds_is_in_goal_and_table():
     rates = Measurement.of(PACKED, RATE, [80, 100, 120], CASE)
-    found = Results(
-        [rates, Measurement.of(SINGLE, RATE, [20], CASE), Measurement.of(SINGLE, OVER, [4, 5, 6], CASE)], []
-    )
-    (row,) = [row for group in scan_table.cells(found, "cpu").groups for row in group if row[0] == SINGLE]
+    found = Results([rates, Measurement.of(ALONE, RATE, [20], CASE), Measurement.of(ALONE, OVER, [4, 5, 6], CASE)], [])
+    (row,) = [row for group in scan_table.cells(found, "cpu").groups for row in group if row[0] == ALONE]
     assert row[-4:-1] == ["5x", "4.4x", "5.6x"] and row[3] == "1"
     (goal,) = [goal for goal in scan_table.judge(found, "cpu") if goal.passed is not None]
     assert "5x (4.4x to 5.6x)" in goal.text

@@ -121,6 +121,34 @@ def test_bad_input_is_one_line(capsys, monkeypatch, folder, tmp_path, changes: d
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("option", ["--max-new-tokens", "--max-thinking-tokens"])
+def test_options_of_a_reply_are_refused_where_there_is_none(capsys, monkeypatch, folder, tmp_path, option) -> None:
+    code, _, err = run(capsys, monkeypatch, [*scan_command(folder, tmp_path / "x"), option, "5"])
+    assert code == 2 and f"{option[2:]}: only --protocol generate has replies" in err and err.count("\n") == 1
+
+
+def test_a_scan_lets_the_model_answer_by_itself(capsys, monkeypatch, folder, tmp_path) -> None:
+    command = [*scan_command(folder, tmp_path / "x"), "--protocol", "generate", "--max-new-tokens", "3", "--json"]
+    code, out, _ = run(capsys, monkeypatch, command)
+    found = json.loads(out)
+    assert (code, found["passed"]) == (0, 24)
+    assert HeadScores.from_pretrained(tmp_path / "x").found() == planted.build(**MODEL).heads["literal"]
+
+
+def test_why_trials_failed_is_shown(capsys, monkeypatch, folder, tmp_path) -> None:
+    real = attempt.score_prompts
+
+    def fails(model, prompts, *arguments, **options):
+        if any(prompt.spans[0][0] < 20 for prompt in prompts):
+            raise RuntimeError("a bad day\nand more")
+        return real(model, prompts, *arguments, **options)
+
+    monkeypatch.setattr(attempt, "score_prompts", fails)
+    code, out, err = run(capsys, monkeypatch, scan_command(folder, tmp_path / "x"))
+    assert code == 0 and "not scored: a bad day; scan --resume tries such trials again" in out
+    assert "24 of 24 trials" in err
+
+
 def test_a_chat_template_that_is_not_there_is_refused(capsys, monkeypatch, folder, tmp_path) -> None:
     code, _, err = run(capsys, monkeypatch, [*scan_command(folder, tmp_path / "x"), "--chat-template"])
     assert code == 2 and "chat template: this tokenizer has none; --no-chat-template" in err and err.count("\n") == 1

@@ -17,6 +17,7 @@ from locos_fast.scans import attempt
 from locos_fast.scans.attempt import Attempts, Method
 from locos_fast.scans.run import scan
 from locos_fast.scans.store import ScanFolder
+from locos_fast.scoring.tuned_lens import TunedLens
 from tests.oracles.architecture_models import build
 from tests.oracles.scores import assert_same
 from tests.oracles.threads import one_thread
@@ -140,6 +141,9 @@ def test_generating_is_not_observed(tokenizer, monkeypatch: pytest.MonkeyPatch) 
         ({"protocol": "ask"}, "protocol: expected teacher or generate, got 'ask'"),
         ({"norm": "x"}, "norm"),
         ({"max_new_tokens": -1}, "max_new_tokens: expected a whole number"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1"),
+        ({"max_thinking_tokens": -1}, "max_thinking_tokens: expected a whole number"),
+        ({"norm": "frozen", "lens": TunedLens({0: (torch.eye(2), torch.zeros(2))})}, "tuned lens: it reads raw"),
     ],
 )
 def test_a_method_that_there_is_not_is_refused(options: dict, message: str) -> None:
@@ -150,3 +154,23 @@ def test_a_method_that_there_is_not_is_refused(options: dict, message: str) -> N
 def test_what_scores_depend_on_is_kept() -> None:
     assert Method().as_config() == {"protocol": "teacher", "gate": True, "norm": "none"}
     assert GENERATE.as_config()["max_new_tokens"] == REPLY
+
+
+def test_every_line_says_whether_the_model_was_right(tokenizer, tmp_path: Path) -> None:
+    model = build("llama", dtype=torch.float32)
+    right = trial_of(model, tokenizer, 0)
+    wrong = dataclasses.replace(trial_of(model, tokenizer, 1), answer_ids=[3, 3, 3, 3], answer="w3 w3 w3 w3")
+    scan(model, tokenizer, [right, wrong], tmp_path, method=Method(gate=False))
+    lines = ScanFolder(tmp_path).lines().values()
+    assert {line["id"]: (line["status"], line["right"]) for line in lines} == {
+        "0": ("scored", True),
+        "1": ("scored", False),
+    }
+
+
+def test_prompts_that_cannot_share_a_beginning_are_said_to(tokenizer, tmp_path: Path, monkeypatch) -> None:
+    model, said = build("llama", dtype=torch.float32), []
+    trials = [trial_of(model, tokenizer, number) for number in range(2)]
+    monkeypatch.setattr("locos_fast.scans.run.cannot_share", lambda _: "LlamaForCausalLM takes no cache")
+    scan(model, tokenizer, trials, tmp_path, notice=said.append)
+    assert said == ["LlamaForCausalLM takes no cache; each trial is run on its own"]

@@ -123,12 +123,21 @@ def test_logit_units_that_cannot_be_had_are_left_out_with_the_reason(monkeypatch
     assert not any("frozen" in name for name in scores.others)
 
 
-def test_a_foil_of_the_answer_itself_leaves_nothing() -> None:
+def test_a_foil_that_is_the_answer_is_none() -> None:
     ids = tokens(1, LENGTH)
     same = PARTS._replace(foil_ids=ids[0, ANSWER].tolist())
     scores = score_tokens(build("llama", dtype=torch.float64), ids, (3, 6), ANSWER, parts=same)
-    assert np.abs(scores.others["locos_foil"]).max() == 0
-    assert_close(scores.others["locos_wrong"], scores.score, ROUNDING)
+    assert not any("foil" in name or "wrong" in name for name in scores.others)
+
+
+def test_tokens_that_the_foil_shares_with_the_answer_do_not_count() -> None:
+    """Numbers may begin with the same space: toward it the foil is the answer."""
+    model, ids = build("llama", dtype=torch.float64), tokens(1, LENGTH)
+    last = [int(ids[0, ANSWER[0]]), int(ids[0, ANSWER[1]]), 5]
+    found = score_tokens(model, ids, (3, 6), ANSWER, parts=PARTS._replace(foil_ids=last)).others
+    alone = score_tokens(model, ids, (3, 6), ANSWER[2:], parts=PARTS._replace(foil_ids=[5])).others
+    for name in ("locos_foil", "locos_wrong", "dla_foil"):
+        assert_close(found[name], alone[name], ROUNDING)
 
 
 def test_what_is_not_known_of_a_prompt_is_not_scored() -> None:
@@ -155,9 +164,10 @@ def test_parts_that_do_not_fit_are_refused(changes: dict, message: str) -> None:
 
 
 def test_rows_are_recorded_once() -> None:
-    rows = Rows.of(ANSWER, PARTS)
+    rows = Rows.of(ANSWER, PARTS, [5, 6, 7])
     assert rows.recorded == sorted({*range(11, 15), *range(13, 21), *(p - 1 for p in ANSWER), *(p - 1 for p in REPLY)})
     places = np.array(rows.recorded)
+    assert rows.foil_steps == [1] and places[rows.foil].tolist() == [ANSWER[1] - 1]  # FOIL begins with 5, too
     assert places[rows.answer].tolist() == [p - 1 for p in ANSWER]
     assert places[rows.reply].tolist() == [p - 1 for p in REPLY]
 

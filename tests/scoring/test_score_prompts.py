@@ -34,10 +34,10 @@ def _one_thread():
 
 def packed() -> list[Trial]:
     """Questions of several lengths about several needles of one context, with answers of several lengths; one needle
-    lies outside every window, one answer has a foil that is shorter, one has none."""
+    lies outside every window, one answer has a foil that is shorter, one has none, one has one that begins alike."""
     trials = []
     for number, (question, answer, foil) in enumerate(
-        [([11, 12], [9, 20], [21]), ([13, 14, 15], [22], None), ([16], [23, 24, 25], [1, 2, 3]), ([17, 18], [9], [4])]
+        [([11, 12], [9, 20], [21]), ([13, 14, 15], [22], None), ([16], [23, 24, 25], [23, 2, 3]), ([17, 18], [9], [4])]
     ):
         prompt = [*HAYSTACK, *question, 5, 6]
         start = 2 + 15 * number
