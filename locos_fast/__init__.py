@@ -14,7 +14,10 @@ from locos_fast.causal.controls import layer_matched
 from locos_fast.causal.masked_checkpoint import mask_checkpoint
 from locos_fast.models.architecture import UnsupportedModelError
 from locos_fast.models.loading import load
+from locos_fast.prompts.scan_trials import scan_trials
 from locos_fast.prompts.trials import Trial
+from locos_fast.scans.attempt import Method
+from locos_fast.scans.run import scan
 from locos_fast.scoring.attribute_tokens import attribute_tokens
 from locos_fast.scoring.head_scores import HeadScores
 from locos_fast.scoring.recording import record
@@ -24,6 +27,7 @@ from locos_fast.scoring.scorer import LocosScorer
 __all__ = [
     "HeadScores",
     "LocosScorer",
+    "Method",
     "Trial",
     "UnsupportedModelError",
     "__version__",
@@ -33,5 +37,7 @@ __all__ = [
     "load",
     "mask_checkpoint",
     "record",
+    "scan",
+    "scan_trials",
     "score_tokens",
 ]

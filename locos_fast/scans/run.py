@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from locos_fast.models.description import describe_model
 from locos_fast.models.foreign_errors import is_out_of_memory
 from locos_fast.prompts.prefix_tree import PrefixNode
+from locos_fast.prompts.scan_trials import ScanTrials
 from locos_fast.prompts.trials import Trial
 from locos_fast.scans.attempt import Attempts, Method, Outcome, free_memory
 from locos_fast.scans.manifest import Manifest, Shard
@@ -39,7 +40,7 @@ class Progress(NamedTuple):
 def scan(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
-    trials: Sequence[Trial],
+    trials: Sequence[Trial] | ScanTrials,
     out: str | Path,
     *,
     method: Method = Method(),  # noqa: B008
@@ -53,7 +54,8 @@ def scan(
     """Score every head on many trials, by every detector, into the folder `out`; returns the means over those that
     count.
 
-    method: the protocol, the gate and the norm.
+    trials: of any origin, or those of a data set, `scan_trials(tokenizer, "numbers", lengths=[400, 1600])`, with what
+    they depend on. method: the protocol, the gate and the norm.
     config: what else the trials depend on (data set, seed ...), kept in the folder. shard: the part to run.
     resume: continue a scan that the folder holds; trials that failed or lacked memory are tried again.
     progress is called after every trial, notice with a sentence about what was repaired.
@@ -65,6 +67,9 @@ def scan(
     FileExistsError if it holds one and `resume` is False or another process works on it, UnsupportedModelError for
     models that cannot be scored. On KeyboardInterrupt what is done is written before it is raised again.
     """
+    if isinstance(trials, ScanTrials):
+        composed = trials
+        trials, config = composed.trials, composed.config | (config or {})
     folder = ScanFolder(Path(out))
     manifest = Manifest.of({**method.as_config(), **describe_model(model), **(config or {})}, trials)
     attempts = Attempts(model, tokenizer, method)

@@ -11,6 +11,7 @@ import torch
 from safetensors.numpy import load_file
 
 from locos_fast import HeadScores, LocosScorer, planted
+from locos_fast.planted.trials import planted_trials
 from locos_fast.prompts.trials import Trial
 from locos_fast.scans import attempt
 from locos_fast.scans.attempt import Method
@@ -67,6 +68,13 @@ def test_means_are_those_of_trials_scored_one_by_one(model, trials, tmp_path: Pa
     assert kept.per_trial.shape == (8, *found.score.shape)
     assert (kept.ci_low <= kept.score + 1e-6).all() and (kept.score <= kept.ci_high + 1e-6).all()
     assert kept.meta["trials"] == {"planned": 8, "scored": 8} and kept.meta["gate_rate"] == 1
+
+
+def test_a_data_set_brings_what_its_trials_depend_on(model, tmp_path: Path) -> None:
+    composed = planted_trials(model.tokenizer, "literal", lengths=[LENGTH], depths=2, limit=4)
+    found = scan(model.model, model.tokenizer, composed, tmp_path, config={"why": "to see"})
+    assert found.statuses == {"scored": 4}
+    assert found.scores.meta["dataset"] == "planted" and found.scores.meta["why"] == "to see"
 
 
 def test_trials_that_the_model_answers_wrong_do_not_count(model, trials, tmp_path: Path) -> None:
