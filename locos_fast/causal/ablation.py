@@ -1,50 +1,124 @@
-"""ablate(): silence heads while a model runs, to see whether they are the cause of what it answers."""
+"""ablate(): take heads out while a model runs, to see whether they are the cause of what it answers."""
 
 from __future__ import annotations
 
 import contextlib
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, cast, get_args
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from locos_fast.models.architecture import AttentionLayer, attention_layers, head_count
+from locos_fast import ops
+from locos_fast.causal.ablation_modes import constant, replace_outputs, replace_queries, resampled, zero
+from locos_fast.causal.calibration import CALIBRATED, CalibratedMeans, Calibration
+from locos_fast.causal.chosen_heads import Head, Heads, chosen_heads
+from locos_fast.causal.intact import unless_intact
+from locos_fast.causal.needle_knockout import hide_needle
+from locos_fast.models.architecture import attention_layers, decoder, head_count
+from locos_fast.models.forward_inputs import read_forward
+from locos_fast.ops.arguments import checked_spans
 
-MODES = ("output-zero",)
+__all__ = ["MODES", "CalibratedMeans", "Head", "Mode", "ablate", "layer_matched_heads"]
 
-Head = tuple[int, int]  # (layer, head), both 0-based
+Mode = Literal["output-zero", "output-mean", "output-resample", "query-zero", "query-mean", "needle-knockout"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 @contextlib.contextmanager
-def ablate(model: PreTrainedModel, heads: Iterable[Head], *, mode: str = "output-zero") -> Iterator[None]:
+def ablate(
+    model: PreTrainedModel,
+    heads: Heads,
+    *,
+    mode: str = "output-zero",
+    calibration: Calibration | CalibratedMeans | None = None,
+    needle: tuple[int, int] | ops.Spans | None = None,
+    seed: int = 0,
+) -> Iterator[None]:
     """Ablate `heads`, [(layer, head)], in every forward pass inside the context.
 
-    mode "output-zero": the head's slice of the output projection's input is set to zero at every position, so the head
-    writes nothing into the residual stream (the projection's bias stays). This removes a head; the published ablations
-    that set its query to zero leave it writing the mean of the values.
+    A head's output is its slice of what the output projection is given, behind a gate or a norm; the projection's bias
+    stays. Its query is its channels of what the query projection returns, in front of norms and rotary embeddings.
 
-    Raises ValueError for heads the model does not have and for unknown modes, UnsupportedModelError as `record` does.
+    "output-zero"      the output is zero at every position: the head writes nothing into the residual stream.
+    "output-mean"      the output is its mean over all tokens of the calibration prompts, each counting once.
+    "output-resample"  the output at each slot is what the head gave at a token of the calibration prompts, drawn from
+                       all of them alike whatever their lengths (from 1024 drawn beforehand, if they have more). The
+                       draw depends on `seed` and the slot only: it is the same for all heads, layers and rows, and in a
+                       prefill, a decode step and behind a prefix. Its expectation is what "output-mean" gives. Slots
+                       counted from the end would tie the draw to where a forward pass happens to stop.
+    "query-zero"       the query is zero: the head attends to all visible keys alike, and goes on writing the mean of
+                       their values. The published ablation of LOCOS, and Wu et al.'s masking (theirs in decoding only).
+    "query-mean"       the query is its mean over all tokens of the calibration prompts; the rotary embedding still
+                       turns it with the position. LOCOS's other published ablation.
+    "needle-knockout"  the head does not see the keys in `needle`; its softmax is over the other visible keys. A row
+                       that sees no others gives zero. No gradients flow through these heads.
+
+    Key/value heads are left alone, so that the other query heads of a group see what they saw.
+
+    heads: or a list of such lists, one for each row of the batch that is run, in any mode; a row's may be empty.
+    calibration: (1, N) token ids, or lists of them, of other prompts than those evaluated (a warning says if not), or
+    `CalibratedMeans.of(model, prompts)`, which measures once for many ablations. Measured on the intact model, also
+    inside other ablations. needle: (start, end) in slots, or several, or an int (B, S, 2) tensor with each row's own.
+    What a mode does not need is ignored.
+
+    Contexts may be nested, with other modes too, and with `record`, which then sees heads as ablated. What a cache
+    holds was computed as the model was then: extend a shared prefix inside the context for it to be ablated too.
+
+    Raises ValueError for heads the model does not have, for no heads, for unknown modes and for what a mode lacks;
+    UnsupportedModelError as `record` does, and for query modes where a layer's queries cannot be told apart.
     """
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
-    layers = {layer.number: layer for layer in attention_layers(model)}
-    chosen: dict[int, set[int]] = defaultdict(set)
-    for index, head in heads:
-        count = head_count(layers[index]) if index in layers else 0
-        if not 0 <= head < count:
-            raise ValueError(f"heads: the model has no softmax-attention head ({index}, {head})")
-        chosen[index].add(head)
-    hooks = [
-        layers[index].projection.register_forward_pre_hook(_silence(layers[index], sorted(of_layer)), with_kwargs=True)
-        for index, of_layer in chosen.items()
-    ]
+    layers, chosen = chosen_heads(model, heads)
+    with contextlib.ExitStack() as stack:
+        if mode in CALIBRATED:
+            means = CalibratedMeans.needed(model, calibration, mode, list(chosen))
+            stack.enter_context(_watch_prompts(model, means))
+        if mode == "needle-knockout":
+            stack.enter_context(hide_needle(model, layers, chosen, _needle_table(needle)))
+        elif mode == "query-zero":
+            stack.enter_context(replace_queries(model, layers, chosen, lambda number: zero))
+        elif mode == "query-mean":
+            stack.enter_context(replace_queries(model, layers, chosen, lambda number: constant(means.queries[number])))
+        elif mode == "output-zero":
+            stack.enter_context(replace_outputs(model, layers, chosen, lambda number: zero))
+        elif mode == "output-mean":
+            stack.enter_context(replace_outputs(model, layers, chosen, lambda number: constant(means.outputs[number])))
+        else:
+            of_layer = stack.enter_context(resampled(model, means.donors, seed))
+            stack.enter_context(replace_outputs(model, layers, chosen, of_layer))
+        yield
+
+
+def _needle_table(needle: tuple[int, int] | ops.Spans | None) -> Tensor:
+    """(B or 1, S, 2) int64."""
+    if needle is None:
+        raise ValueError("needle: expected (start, end) in slots for mode 'needle-knockout', got None")
+    one = isinstance(needle, (tuple, list)) and all(hasattr(x, "__index__") for x in needle)
+    try:
+        return checked_spans(cast(ops.Spans, [needle] if one else needle))
+    except ValueError as error:
+        raise ValueError(str(error).replace("spans", "needle", 1)) from error
+
+
+@contextlib.contextmanager
+def _watch_prompts(model: PreTrainedModel, means: CalibratedMeans) -> Iterator[None]:
+    """Warn, once, when a forward pass that begins a sequence is given a calibration prompt."""
+    warned: list[bool] = []
+
+    def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        inputs = read_forward(module, args, kwargs)
+        if not any(warned) and inputs.past == 0 and inputs.ids is not None:
+            warned.append(means.warn_if_evaluated(inputs.ids))
+
+    hook = decoder(model).register_forward_pre_hook(unless_intact(model, before_forward), with_kwargs=True)
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
 
 
 def layer_matched_heads(model: PreTrainedModel, heads: Iterable[Head], *, seed: int) -> list[Head]:
@@ -64,20 +138,3 @@ def layer_matched_heads(model: PreTrainedModel, heads: Iterable[Head], *, seed: 
             raise ValueError(f"heads: layer {index} has {len(others)} other heads, too few to match {len(of_layer)}")
         control += [(index, head) for head in sorted(rng.sample(others, len(of_layer)))]
     return control
-
-
-def _silence(layer: AttentionLayer, heads: list[int]) -> Callable:
-    count = head_count(layer)
-
-    def silenced(x: Tensor) -> Tensor:
-        outputs = x.clone()
-        outputs.unflatten(-1, (count, -1))[..., heads, :] = 0
-        return outputs
-
-    def pre_hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if args:
-            return (silenced(args[0]), *args[1:]), kwargs
-        name = next(name for name, x in kwargs.items() if isinstance(x, Tensor))
-        return args, kwargs | {name: silenced(kwargs[name])}
-
-    return pre_hook

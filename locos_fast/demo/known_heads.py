@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -106,7 +107,7 @@ def measure_recall(
 
 
 def _recall(planted: PlantedModel, trials: list[Trial], heads: Sequence[Head]) -> float:
-    with ablate(planted.model, heads):
+    with ablate(planted.model, heads) if heads else contextlib.nullcontext():
         right = [next_token(planted, trial) == trial.answer_ids[0] for trial in trials]
     return sum(right) / len(right)
 

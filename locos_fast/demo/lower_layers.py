@@ -37,7 +37,8 @@ def answers_without(model: PreTrainedModel, trial: Trial, head_sets: Sequence[Se
             return None
     results = []
     for heads, layer in zip(head_sets, first, strict=True):
-        with _replace(layers[:layer], kept.get(layer - 1)), ablate(model, heads):
+        without = ablate(model, heads) if heads else contextlib.nullcontext()
+        with _replace(layers[:layer], kept.get(layer - 1)), without:
             results.append(right())
     return results
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from locos_fast.models.architecture import AttentionLayer, UnsupportedModelError
 from locos_fast.models.attention_registry import RecordingError, registry
 from locos_fast.models.cost import Stopwatch, timed
 from locos_fast.models.forward_inputs import ForwardInputs, read_forward
+from locos_fast.models.hidden_keys import BEFORE_HEADS, HeadsPart, HiddenKeys, Sums, heads_parts
 from locos_fast.models.mask_reading import Call, RowsSeen, read_visibility, select_rows
 from locos_fast.ops.arguments import checked_spans, span_table
 from locos_fast.ops.contributions import Contributions, Summary
@@ -29,10 +30,6 @@ from locos_fast.ops.exact import exact, multiplied_as
 from locos_fast.ops.visibility import KeyCounts, count_keys
 
 UNSUPPORTED_ARGUMENTS = ("indices", "block_indices", "position_bias", "cache")  # sparse, biased or paged attention
-
-BEFORE_HEADS = ("visible", "span_visible")  # fields of a result that have no axis of heads: (B, T, ...)
-
-Sums = TypeVar("Sums", Summary, Contributions)
 
 
 class RowsCall(NamedTuple):
@@ -48,9 +45,42 @@ class RowsCall(NamedTuple):
     seen: list[RowsSeen]
     counts: Sequence[KeyCounts | None]  # of each entry of `seen` for the recorded spans; None if others are asked for
     attention: dict[str, Any]  # scale, softcap, sinks, backend, as `locos_fast.ops` takes them
+    hidden: Sequence[HiddenKeys] = ()  # from some of the heads, see `attention_registry.Intervention`
 
     def summary(self, spans: Tensor) -> Summary:
-        """`ops.attention_summary` of all rows."""
+        """`ops.attention_summary` of all rows.
+
+        Keys that are hidden from a head are no part of its sums, its LSE and its argmax; `visible` and `span_visible`
+        count what the mask lets a row see."""
+        whole = self._summary(spans)
+        for part in self._parts():
+            part.write(whole, self._of_part(part)._summary(part.of_rows(spans)))
+        return whole
+
+    def contribution(self, direction: Tensor, spans: Tensor) -> Contributions:
+        """`ops.attention_contribution` of all rows; `direction` is (B, H, T, Dv). Hidden keys as in `summary`."""
+        whole = self._contribution(direction, spans)
+        for part in self._parts():
+            less = self._of_part(part)._contribution(part.of_heads(direction), part.of_rows(spans))
+            part.write(whole, less)
+        return whole
+
+    def _parts(self) -> Iterator[HeadsPart]:
+        return heads_parts(self.hidden, len(self.query), self.query.shape[1], self.key.shape[1])
+
+    def _of_part(self, part: HeadsPart) -> RowsCall:
+        """The call of these heads alone, as they see it."""
+        key = part.of_keys(self.key)
+        return self._replace(
+            query=part.of_heads(self.query),
+            key=key,
+            value=part.of_keys(self.value),
+            seen=[seen._replace(visibility=part.visibility(seen.visibility, key)) for seen in self.seen],
+            counts=[None] * len(self.seen),
+            attention=part.of_arguments(self.attention),
+        )
+
+    def _summary(self, spans: Tensor) -> Summary:
         return self._over_rows(
             lambda seen, counts: ops.attention_summary(
                 self._of(self.query, seen),
@@ -63,8 +93,7 @@ class RowsCall(NamedTuple):
             )
         )
 
-    def contribution(self, direction: Tensor, spans: Tensor) -> Contributions:
-        """`ops.attention_contribution` of all rows; `direction` is (B, H, T, Dv)."""
+    def _contribution(self, direction: Tensor, spans: Tensor) -> Contributions:
         return self._over_rows(
             lambda seen, counts: ops.attention_contribution(
                 self._of(self.query, seen),
@@ -171,18 +200,11 @@ class AnswerRows:
     ) -> None:
         """One attention call; see `attention_registry.Observer`."""
         layer = self.layer_of[id(module)]
-        _refuse_call(module, kwargs)
+        refuse_call(module, kwargs)
         batch, _, n_queries, _ = qkv[0].shape
         if len(self.rows) not in (1, batch):
             raise ValueError(f"rows: expected (T,) or ({batch}, T) slots, got {tuple(self.rows.shape)}")
-        # a layer may be given only the last tokens as queries (Gemma-4's layers that share keys and values)
-        tokens = n_queries if self.inputs.tokens is None else self.inputs.tokens
-        end = self.inputs.past + tokens
-        if not self.inputs.cached and qkv[1].shape[2] > tokens:
-            raise RecordingError(
-                f"layer {layer.number} ({type(module).__name__}) attends to {qkv[1].shape[2]} keys in a forward of "
-                f"{tokens} tokens, and no transformers.Cache was found among its arguments: the rows cannot be placed"
-            )
+        end = end_of_call(layer, self.inputs, n_queries, qkv[1].shape[2])
         local = self.rows - (end - n_queries)
         inside = (local >= 0) & (local < n_queries)  # (B or 1, T)
         steps = inside.any(0).nonzero()[:, 0]
@@ -220,30 +242,26 @@ class AnswerRows:
         rows = (self.rows[:, steps] - (end - n_queries)).clamp(0, n_queries - 1)
         call = Call(rows, batch, n_queries, n_keys, max(end - n_keys, 0), query.device)
         read = self._read(mask, call, layer.module, implementation, kwargs)
-        attention = {
-            "scale": kwargs.get("scaling"),
-            "softcap": kwargs.get("softcap"),
-            "sinks": kwargs.get("s_aux"),
-            "backend": self.backend,
-        }
+        attention = softmax_arguments(kwargs) | {"backend": self.backend}
+        hidden = registry.hidden_from(layer.module)
         chosen = select_rows(query.transpose(1, 2), rows).transpose(1, 2)  # (B, H, T, D)
         kept = select_rows(output.detach(), rows)
-        self.receive(RowsCall(layer, steps, inside, chosen, key, value, kept, read.seen, read.counts, attention))
+        self.receive(
+            RowsCall(layer, steps, inside, chosen, key, value, kept, read.seen, read.counts, attention, hidden)
+        )
         if layer.number not in self.filled:
             self.filled[layer.number] = torch.zeros_like(self.rows, dtype=torch.bool)
         self.filled[layer.number][:, steps] |= inside
 
     def _read(self, mask: Any, call: Call, module: nn.Module, implementation: str, kwargs: dict) -> MaskRead:
-        is_causal = kwargs.get("is_causal")
-        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        window = kwargs.get("sliding_window")
-        key = (id(mask), call.n_queries, call.n_keys, call.device, implementation, is_causal, window)
+        masking = masking_arguments(module, kwargs)
+        key = (id(mask), call.n_queries, call.n_keys, call.device, implementation, *masking.values())
         known = self.read_in_forward.get(key)
         if known is None or known.mask() is not mask:
-            seen = read_visibility(mask, call, implementation=implementation, is_causal=is_causal, window=window)
+            seen = read_visibility(mask, call, implementation=implementation, **masking)
             spans = span_table(self.spans, call.batch).to(call.device)
             counts = [count_keys(visibility, spans, call.batch, call.n_keys) for _, visibility in seen]
-            known = self.read_in_forward[key] = MaskRead(_reference(mask), seen, counts)
+            known = self.read_in_forward[key] = MaskRead(mask_reference(mask), seen, counts)
         return known
 
     def check_complete(self) -> None:
@@ -261,7 +279,7 @@ class AnswerRows:
                 raise RecordingError(f"rows {missing} were never computed in layer {layer.number}")
 
 
-def _reference(mask: Any) -> Callable[[], Any]:
+def mask_reference(mask: Any) -> Callable[[], Any]:
     """A reference that does not keep the mask alive: under a device map every layer may be given its own copy."""
     return (lambda: None) if mask is None else weakref.ref(mask)
 
@@ -288,7 +306,32 @@ def several_calls(layer: AttentionLayer) -> UnsupportedModelError:
     )
 
 
-def _refuse_call(module: nn.Module, kwargs: dict) -> None:
+def end_of_call(layer: AttentionLayer, inputs: ForwardInputs, n_queries: int, n_keys: int) -> int:
+    """The slot behind a call's last query; raises RecordingError where it cannot be told."""
+    # a layer may be given only the last tokens as queries (Gemma-4's layers that share keys and values)
+    tokens = n_queries if inputs.tokens is None else inputs.tokens
+    if not inputs.cached and n_keys > tokens:
+        raise RecordingError(
+            f"layer {layer.number} ({type(layer.module).__name__}) attends to {n_keys} keys in a forward of "
+            f"{tokens} tokens, and no transformers.Cache was found among its arguments: the rows cannot be placed"
+        )
+    return inputs.past + tokens
+
+
+def softmax_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """How an attention function makes weights of scores, as `locos_fast.ops` takes it."""
+    return {"scale": kwargs.get("scaling"), "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
+
+
+def masking_arguments(module: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What an attention function is told about its mask beside the mask, as `read_visibility` takes it."""
+    is_causal = kwargs.get("is_causal")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    return {"is_causal": is_causal, "window": kwargs.get("sliding_window")}
+
+
+def refuse_call(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Raises UnsupportedModelError for attention that is computed from more than queries, keys, values and a mask."""
     name = type(module).__name__
     for argument in UNSUPPORTED_ARGUMENTS:
         if kwargs.get(argument) is not None:

@@ -1,8 +1,9 @@
-"""Lends entries of transformers' attention registry to observers of attention calls, and puts them back."""
+"""Lends entries of transformers' attention registry to who observes attention calls or steps in, and puts them back."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from locos_fast.models.architecture import UnsupportedModelError, forward_globals
+from locos_fast.models.hidden_keys import HiddenKeys
 
 
 class RecordingError(RuntimeError):
@@ -34,6 +36,22 @@ class Observer(Protocol):
         ...
 
 
+class Intervention(Protocol):
+    """Stands between attention modules and their attention function; any number may stand before one module."""
+
+    def attend(
+        self, module: nn.Module, implementation: str, given: InterfaceCall, attend: Callable[[], tuple]
+    ) -> tuple:
+        """`attend()` is what the attention function, or the interventions before this one, return: the output
+        (B, Sq, H, Dv) first. Returns the same with another output."""
+        ...
+
+    def hides(self, module: nn.Module) -> HiddenKeys | None:
+        """The keys that it hides from heads of the module, so that observers can take them out; None if it does
+        something else."""
+        ...
+
+
 class AttentionRegistry:
     """Wraps the entries of attention implementations while somebody observes them.
 
@@ -44,26 +62,73 @@ class AttentionRegistry:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.observers: dict[int, Observer] = {}  # id of an attention module -> who observes it
+        self.interventions: dict[int, list[Intervention]] = {}  # id of an attention module -> in order of arrival
         self.lent: dict[str, tuple[int, Callable | None]] = {}  # name -> (observers using it, the entry before)
 
     @contextlib.contextmanager
     def lend(self, modules: Iterable[Any], observer: Observer) -> Iterator[None]:
         """Raises RecordingError if one of the modules is observed already."""
         modules = list(modules)
-        names = {module.config._attn_implementation for module in modules}
         ids = [id(module) for module in modules]
         with self.lock:
             if any(module in self.observers for module in ids):
                 raise RecordingError("this model is already being recorded; recordings of one model cannot be nested")
             self.observers.update(dict.fromkeys(ids, observer))
+        try:
+            with self._wrapped(modules):
+                yield
+        finally:
+            with self.lock:
+                for module in ids:
+                    del self.observers[module]
+
+    @contextlib.contextmanager
+    def intervene(self, modules: Iterable[Any], intervention: Intervention) -> Iterator[None]:
+        """Observers see what the intervention returns."""
+        modules = list(modules)
+        with self.lock:
+            for module in modules:
+                self.interventions.setdefault(id(module), []).append(intervention)
+        try:
+            with self._wrapped(modules):
+                yield
+        finally:
+            with self.lock:
+                for module in modules:
+                    self.interventions[id(module)].remove(intervention)
+                    if not self.interventions[id(module)]:
+                        del self.interventions[id(module)]
+
+    def hidden_from(self, module: Any) -> list[HiddenKeys]:
+        """What interventions hide from heads of this module, in their order."""
+        found = (intervention.hides(module) for intervention in self.interventions.get(id(module), ()))
+        return [hidden for hidden in found if hidden is not None]
+
+    @contextlib.contextmanager
+    def undisturbed(self, modules: Iterable[Any]) -> Iterator[None]:
+        """Inside the context, nobody who came before observes these modules or steps in."""
+        ids = [id(module) for module in modules]
+        with self.lock:
+            observers = {module: self.observers.pop(module) for module in ids if module in self.observers}
+            interventions = {module: self.interventions.pop(module) for module in ids if module in self.interventions}
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.observers.update(observers)
+                self.interventions.update(interventions)
+
+    @contextlib.contextmanager
+    def _wrapped(self, modules: Iterable[Any]) -> Iterator[None]:
+        """The entries of the attention implementations that these modules use, wrapped."""
+        names = {module.config._attn_implementation for module in modules}
+        with self.lock:
             for name in names:
                 self._install(name)
         try:
             yield
         finally:
             with self.lock:
-                for module in ids:
-                    del self.observers[module]
                 for name in names:
                     self._restore(name)
 
@@ -88,11 +153,17 @@ class AttentionRegistry:
     def _wrapper(self, name: str, before: Callable | None) -> Callable:
         def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple:
             implementation = before or eager_attention(module)
-            result = implementation(module, *args, **kwargs)
             observer = self.observers.get(id(module))
+            interventions = self.interventions.get(id(module), ())
+            if observer is None and not interventions:
+                return implementation(module, *args, **kwargs)
+            given = interface_call(implementation, args, kwargs)
+            attend = functools.partial(implementation, module, *args, **kwargs)
+            for intervention in interventions:
+                attend = functools.partial(intervention.attend, module, name, given, attend)
+            result = attend()
             if observer is None:
                 return result
-            given = interface_call(implementation, args, kwargs)
             instead = observer.observe(module, name, given.qkv, given.mask, result[0], given.others)
             return result if instead is None else (instead, *result[1:])
 

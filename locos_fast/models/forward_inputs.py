@@ -20,6 +20,7 @@ class ForwardInputs(NamedTuple):
     tokens: int | None  # of each sequence, in this forward; None where neither ids nor embeddings were found
     past: int  # tokens in the cache
     cached: bool  # whether there is a cache
+    ids: Tensor | None = None  # (B, tokens), where tokens are given as such
 
 
 def read_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> ForwardInputs:
@@ -29,11 +30,12 @@ def read_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Forw
     cache = next((x for x in given if isinstance(x, Cache)), None)
     tensors = [x for x in given if isinstance(x, Tensor)]
     embeddings = (x for x in tensors if x.ndim == 3 and x.is_floating_point())
-    ids = (x for x in tensors if x.ndim == 2 and not x.is_floating_point())
+    integers = (x for x in tensors if x.ndim == 2 and not x.is_floating_point())
     counted = next(embeddings, None)
-    counted = next(ids, None) if counted is None else counted
+    ids = next(integers, None) if counted is None else None
+    counted = ids if counted is None else counted
     past = 0 if cache is None else int(cache.get_seq_length())
-    return ForwardInputs(None if counted is None else counted.shape[1], past, cache is not None)
+    return ForwardInputs(None if counted is None else counted.shape[1], past, cache is not None, ids)
 
 
 def _arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[Any]:
