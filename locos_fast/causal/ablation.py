@@ -18,7 +18,7 @@ from locos_fast.causal.chosen_heads import Head, Heads, chosen_heads
 from locos_fast.causal.intact import unless_intact
 from locos_fast.causal.needle_knockout import hide_needle
 from locos_fast.models.architecture import attention_layers, decoder, head_count
-from locos_fast.models.forward_inputs import read_forward
+from locos_fast.models.forward_inputs import read_forward, read_ids
 from locos_fast.ops.arguments import checked_spans
 
 __all__ = ["MODES", "CalibratedMeans", "Head", "Mode", "ablate", "layer_matched_heads"]
@@ -110,9 +110,9 @@ def _watch_prompts(model: PreTrainedModel, means: CalibratedMeans) -> Iterator[N
     warned: list[bool] = []
 
     def before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        inputs = read_forward(module, args, kwargs)
-        if not any(warned) and inputs.past == 0 and inputs.ids is not None:
-            warned.append(means.warn_if_evaluated(inputs.ids))
+        ids = read_ids(module, args, kwargs)
+        if not any(warned) and ids is not None and read_forward(module, args, kwargs).past == 0:
+            warned.append(means.warn_if_evaluated(ids))
 
     hook = decoder(model).register_forward_pre_hook(unless_intact(model, before_forward), with_kwargs=True)
     try:

@@ -7,7 +7,7 @@ Both are found by what they are, never by the name of the argument: transformers
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ class ForwardInputs(NamedTuple):
     tokens: int | None  # of each sequence, in this forward; None where neither ids nor embeddings were found
     past: int  # tokens in the cache
     cached: bool  # whether there is a cache
-    ids: Tensor | None = None  # (B, tokens), where tokens are given as such
 
 
 def read_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> ForwardInputs:
@@ -28,14 +27,24 @@ def read_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Forw
     the order of the module's signature, that is (B, tokens) of integers."""
     given = list(_arguments(module, args, kwargs))
     cache = next((x for x in given if isinstance(x, Cache)), None)
-    tensors = [x for x in given if isinstance(x, Tensor)]
-    embeddings = (x for x in tensors if x.ndim == 3 and x.is_floating_point())
-    integers = (x for x in tensors if x.ndim == 2 and not x.is_floating_point())
-    counted = next(embeddings, None)
-    ids = next(integers, None) if counted is None else None
-    counted = ids if counted is None else counted
+    counted = next(filter(_is_embeddings, given), None)
+    counted = _ids(given) if counted is None else counted
     past = 0 if cache is None else int(cache.get_seq_length())
-    return ForwardInputs(None if counted is None else counted.shape[1], past, cache is not None, ids)
+    return ForwardInputs(None if counted is None else counted.shape[1], past, cache is not None)
+
+
+def read_ids(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """The token ids, (B, tokens), that a decoder was called with; None where it was given embeddings."""
+    given = list(_arguments(module, args, kwargs))
+    return None if any(map(_is_embeddings, given)) else _ids(given)
+
+
+def _is_embeddings(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.ndim == 3 and x.is_floating_point()
+
+
+def _ids(given: Iterable[Any]) -> Tensor | None:
+    return next((x for x in given if isinstance(x, Tensor) and x.ndim == 2 and not x.is_floating_point()), None)
 
 
 def _arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[Any]:

@@ -104,7 +104,7 @@ def test_ablation_names_what_is_wrong(planted):
         pass
     with (
         pytest.raises(ValueError, match="mode: expected one of output-zero"),
-        ablate(planted.model, [(0, 0)], mode="query-zero"),
+        ablate(planted.model, [(0, 0)], mode="zero"),
     ):
         pass
     with pytest.raises(ValueError, match="too few to match"):
