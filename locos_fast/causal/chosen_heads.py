@@ -10,8 +10,7 @@ from transformers import PreTrainedModel
 
 from locos_fast.models.architecture import AttentionLayer, attention_layers, head_count
 from locos_fast.models.hidden_keys import HeadSets
-
-Head = tuple[int, int]  # (layer, head), both 0-based
+from locos_fast.scoring.head_scores import Head
 
 Heads = Iterable[Head] | Sequence[Iterable[Head]]
 """Heads for all rows of a batch, or a list of them for each row."""
