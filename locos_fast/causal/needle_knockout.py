@@ -41,8 +41,7 @@ from locos_fast.ops.visibility import Visibility, count_span_visible
 
 ROWS_AT_ONCE = 4096  # queries; scores are as wide as a block of keys
 MASK_AT_ONCE = 2**25  # elements of a mask that are read at once
-KEYS_PER_PROGRAM = 2048  # of one span, on a GPU, where few rows leave it idle otherwise
-FEW_ROWS = 64
+FEW_ROWS, KEYS_PER_PROGRAM = 64, 2048  # on a GPU, which works on spans side by side, on the keys of one in turn
 
 
 @contextlib.contextmanager
@@ -156,20 +155,23 @@ def _attend_to_the_rest(
     first, last = int(which[0]), int(which[-1]) + 1
     steps = slice(seen.steps[0] + first, seen.steps[0] + last)  # those of `seen` follow each other
     query = part.of_heads(qkv[0][:, :, steps])
-    few = key.device.type != "cpu" and query.shape[2] < FEW_ROWS
-    start, end = bounds.kv_offset, bounds.kv_offset + key.shape[2]
-    size = KEYS_PER_PROGRAM if few else key.shape[2]
     summary = ops.attention_summary(
         query,
         key,
         value,
-        [(low, min(low + size, end)) for low in range(start, end, size)],
+        [(start + bounds.kv_offset, end + bounds.kv_offset) for start, end in _pieces(query, key.shape[2])],
         part.visibility(_rows(seen.visibility, first, last), key),
         **part.of_arguments(attention),
     )
     rest = summary.span_output.sum(3).transpose(1, 2).to(output.dtype)  # (b, T, h, Dv)
     there = output[part.rows, steps]
     there[:, :, part.heads] = torch.where(sees[:, first:last, None, None], rest, there[:, :, part.heads])
+
+
+def _pieces(query: Tensor, n_keys: int) -> list[tuple[int, int]]:
+    """Everything, as one span of columns, or as several where one would leave a GPU idle."""
+    size = KEYS_PER_PROGRAM if query.device.type != "cpu" and query.shape[2] < FEW_ROWS else n_keys
+    return [(start, min(start + size, n_keys)) for start in range(0, n_keys, size)]
 
 
 def _rows(visibility: Visibility, first: int, last: int) -> Visibility:

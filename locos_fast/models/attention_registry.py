@@ -107,16 +107,26 @@ class AttentionRegistry:
     @contextlib.contextmanager
     def undisturbed(self, modules: Iterable[Any]) -> Iterator[None]:
         """Inside the context, nobody who came before observes these modules or steps in."""
+        modules = list(modules)
+        with self._without(self.observers, modules), self.unaltered(modules):
+            yield
+
+    @contextlib.contextmanager
+    def unaltered(self, modules: Iterable[Any]) -> Iterator[None]:
+        """Inside the context, nobody who came before steps in."""
+        with self._without(self.interventions, modules):
+            yield
+
+    @contextlib.contextmanager
+    def _without(self, table: dict[int, Any], modules: Iterable[Any]) -> Iterator[None]:
         ids = [id(module) for module in modules]
         with self.lock:
-            observers = {module: self.observers.pop(module) for module in ids if module in self.observers}
-            interventions = {module: self.interventions.pop(module) for module in ids if module in self.interventions}
+            aside = {module: table.pop(module) for module in ids if module in table}
         try:
             yield
         finally:
             with self.lock:
-                self.observers.update(observers)
-                self.interventions.update(interventions)
+                table.update(aside)
 
     @contextlib.contextmanager
     def _wrapped(self, modules: Iterable[Any]) -> Iterator[None]:

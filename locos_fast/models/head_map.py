@@ -118,7 +118,7 @@ class _Experiment:
 
         hook = self.layer.projection.register_forward_hook(keep, with_kwargs=True)
         try:
-            with registry.lend([self.layer.module], self):
+            with registry.unaltered([self.layer.module]), registry.lend([self.layer.module], self):
                 yield
         finally:
             hook.remove()

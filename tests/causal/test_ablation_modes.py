@@ -12,9 +12,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from locos_fast.causal.ablation import MODES, CalibratedMeans, ablate
+from locos_fast.models.architecture import UnsupportedModelError
 from locos_fast.models.attention_registry import registry
 from locos_fast.models.prefix_cache import PrefixCache
+from locos_fast.scoring.head_scores import HeadScores
 from locos_fast.scoring.recording import record
+from locos_fast.scoring.score import score_tokens
 from tests.oracles import listening
 from tests.oracles.cached_forward import forward_with_cache
 from tests.oracles.threads import one_thread
@@ -243,3 +246,23 @@ def test_a_recording_sees_heads_as_ablated(model: PreTrainedModel, mode: str) ->
         by_rows = written_out(model, ids, (by_hand(model, mode, CHOSEN),)).outputs
         for (layer, head), output in by_rows.items():
             assert_equal(inside[layer].output[0, :, head], output[[20, 26]])
+
+
+def test_scores_are_of_the_model_as_ablated() -> None:
+    ids, head = tokens(1, LENGTH), (0, 1)
+
+    def scores(mode: str) -> HeadScores:
+        model = build("llama", "sdpa")
+        with ablate(model, [head], mode=mode, calibration=PROMPTS, needle=NEEDLE):
+            return score_tokens(model, ids, NEEDLE, [22, 26], norm="frozen")
+
+    blind, uniform, silent = (scores(mode) for mode in ("needle-knockout", "query-zero", "output-zero"))
+    for found in (blind, uniform, silent):
+        assert found.meta["completeness"]["overall"] <= 1e-6
+    assert blind.l_plus[head] == 0
+    assert blind.l_minus[head] != 0
+    assert abs(uniform.attention_spatial[head]) <= 1e-6  # the needle gets what any other keys get
+    assert silent.dla[head] == 0
+    for mode in ("output-mean", "output-resample"):  # what they put there came from no key
+        with pytest.raises(UnsupportedModelError, match="is no factor per channel"):
+            scores(mode)

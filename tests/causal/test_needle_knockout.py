@@ -110,6 +110,19 @@ def test_rows_are_taken_some_at_a_time(family: str, attention: str, monkeypatch:
 
 
 @pytest.mark.parametrize("family, attention", PAIRS)
+def test_the_rest_may_be_summed_in_pieces(family: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is on a GPU, for few rows."""
+    model, ids = build(family, attention), tokens(1, LENGTH)
+    with knockout(model):
+        expected = logits(model, ids)
+    monkeypatch.setattr(
+        needle_knockout, "_pieces", lambda _, n: [(start, min(start + 5, n)) for start in range(0, n, 5)]
+    )
+    with knockout(model):
+        assert_equal(logits(model, ids), expected, FLOAT32)
+
+
+@pytest.mark.parametrize("family, attention", PAIRS)
 def test_padding_on_the_left_moves_the_needle(family: str, attention: str) -> None:
     model, ids = build(family, attention), tokens(1, LENGTH)
     with knockout(model):
