@@ -10,6 +10,7 @@ are known in `locos_fast.planted`.
 
 from locos_fast._version import __version__
 from locos_fast.causal.ablation import ablate
+from locos_fast.causal.calibration import CalibratedMeans
 from locos_fast.causal.controls import layer_matched
 from locos_fast.causal.masked_checkpoint import mask_checkpoint
 from locos_fast.models.architecture import UnsupportedModelError
@@ -25,6 +26,7 @@ from locos_fast.scoring.score import score_tokens
 from locos_fast.scoring.scorer import LocosScorer
 
 __all__ = [
+    "CalibratedMeans",
     "HeadScores",
     "LocosScorer",
     "Method",

@@ -64,11 +64,13 @@ def ablate(
     inside other ablations. needle: (start, end) in slots, or several, or an int (B, S, 2) tensor with each row's own.
     What a mode does not need is ignored.
 
-    Contexts may be nested, with other modes too, and with `record`, which then sees heads as ablated. What a cache
-    holds was computed as the model was then: extend a shared prefix inside the context for it to be ablated too.
+    Contexts may be nested, with other modes too, and with `record`, which then sees heads as ablated (what output
+    modes put in their place stands behind what it records). What a cache holds was computed as the model was then:
+    extend a shared prefix inside the context for it to be ablated too.
 
     Raises ValueError for heads the model does not have, for no heads, for unknown modes and for what a mode lacks;
-    UnsupportedModelError as `record` does, and for query modes where a layer's queries cannot be told apart.
+    UnsupportedModelError as `record` does, and for query modes where a layer's queries cannot be told apart. Warns
+    where a query is normalised together with those of other heads, which it then rescales.
     """
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
