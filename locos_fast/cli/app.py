@@ -13,6 +13,7 @@ import typer
 from safetensors import SafetensorError
 
 from locos_fast import __version__
+from locos_fast.cli.ablate import ablate
 from locos_fast.cli.attribute import attribute
 from locos_fast.cli.data import data
 from locos_fast.cli.demo import demo
@@ -72,6 +73,6 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-for command in (demo, planted, score, scan, merge, attribute, mask_checkpoint, doctor):
+for command in (demo, planted, score, scan, merge, ablate, attribute, mask_checkpoint, doctor):
     app.command()(command)
 app.add_typer(data, name="data")
