@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from locos_fast.causal.ablation import Head, ablate
+from locos_fast.causal.ablation import CalibratedMeans, Head, ablate
 from locos_fast.models.answer_pass import answer_logits, continued_logits
 from locos_fast.models.prefix_cache import PrefixCache
 from locos_fast.models.token_chunks import TOKENS_PER_CHUNK, token_chunks
@@ -32,21 +32,31 @@ def given_answers(
     heads: Sequence[Head] = (),
     *,
     mode: str = "output-zero",
+    calibration: CalibratedMeans | None = None,
     token_chunk: int | None = TOKENS_PER_CHUNK,
 ) -> list[Answer]:
     """The answers to all trials, in their order, with `heads` ablated in every position; see `ablate` for the modes.
 
-    What several prompts begin with is computed once, with the heads ablated in it, too.
+    What several prompts begin with is computed once, with the heads ablated in it, too; but each prompt whole where the
+    heads may not see its needle, which differs from prompt to prompt.
     Raises ValueError as `ablate` does, for no trials, and for logits that are not finite.
     """
     if not trials:
         raise ValueError("trials: expected at least one, got none")
     answers: dict[int, Answer] = {}
-    with ablate(model, heads, mode=mode) if heads else contextlib.nullcontext(), token_chunks(model, token_chunk):
+    if heads and mode == "needle-knockout":
+        return [_without_needle(model, trial, heads, token_chunk) for trial in trials]
+    ablated = ablate(model, heads, mode=mode, calibration=calibration) if heads else contextlib.nullcontext()
+    with ablated, token_chunks(model, token_chunk):
         for numbers, prefix in behind_shared_prefixes(model, trials, trial_tree(trials), token_chunk=token_chunk):
             for number, logits in zip(numbers, _logits(model, [trials[i] for i in numbers], prefix), strict=True):
                 answers[number] = _answer(logits, trials[number].answer_ids)
     return [answers[number] for number in range(len(trials))]
+
+
+def _without_needle(model: PreTrainedModel, trial: Trial, heads: Sequence[Head], token_chunk: int | None) -> Answer:
+    with ablate(model, heads, mode="needle-knockout", needle=trial.needle_span), token_chunks(model, token_chunk):
+        return _answer(_logits(model, [trial], None)[0], trial.answer_ids)
 
 
 def _logits(model: PreTrainedModel, trials: list[Trial], prefix: PrefixCache | None) -> list[Tensor]:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from locos_fast.causal.model_shape import ModelShape
     from locos_fast.scans.sweep import Progress
 
+OTHER_SEED = 1_000_003  # apart: of the facts that prompts for calibration are made of
 PICTURE = "ablation.png"
 INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended
 DETECTORS = ("score", "locos_frozen", "locos_foil", "wu", "attention_spatial", "dla", "qrhead")
@@ -50,7 +51,13 @@ def ablate(
     ] = None,
     k: Annotated[str, typer.Option("--k", help="How many of the best heads: 1,3,5,10.")] = "1,3,5,10",
     draws: Annotated[int, typer.Option(min=1, help="Draws of each control, for each k.")] = 10,
-    mode: Annotated[str, typer.Option(help="How heads are silenced.")] = "output-zero",
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="output-zero, output-mean, output-resample, query-zero, query-mean (as published) or needle-knockout."
+        ),
+    ] = "output-zero",
+    calibration: Annotated[int, typer.Option(min=1, help="Other prompts from which modes take means.")] = 8,
     haystack: Annotated[str | None, typer.Option(help="As for `scan`.")] = None,
     depths: Annotated[str | None, typer.Option(help="As for `scan`; 5 of them.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Trials at most, spread evenly over lengths and depths.")] = 24,
@@ -72,6 +79,8 @@ def ablate(
     as_json: Json = False,
 ) -> None:
     """Take the best heads away and see what the model still answers, beside as many random and layer-matched heads."""
+    from locos_fast.causal.ablation import MODES
+    from locos_fast.causal.calibration import CALIBRATED
     from locos_fast.causal.model_shape import model_shape
     from locos_fast.models.loading import ModelSource
     from locos_fast.models.weightless import weightless
@@ -80,19 +89,20 @@ def ablate(
     from locos_fast.scoring.result_folder import check_writable
 
     check_writable(out)
-    composed_for = trials_of(
-        dataset,
-        lengths=lengths,
-        depths=depths,
-        limit=limit,
-        needles_per_context=needles_per_context,
-        haystack=haystack,
-        chat_template=chat_template,
-        prompt_suffix=prompt_suffix,
-        question_type=question_type,
-        characters=characters,
-        seed=seed,
-    )
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+    given: dict[str, Any] = {
+        "lengths": lengths,
+        "depths": depths,
+        "needles_per_context": needles_per_context,
+        "haystack": haystack,
+        "chat_template": chat_template,
+        "prompt_suffix": prompt_suffix,
+        "question_type": question_type,
+        "characters": characters,
+    }
+    composed_for = trials_of(dataset, limit=limit, seed=seed, **given)
+    others_for = trials_of(dataset, limit=max(calibration, needles_per_context), seed=seed + OTHER_SEED, **given)
     source = ModelSource(model, revision, dtype, device, device_map, attn_implementation, trust_remote_code)
     shape = model_shape(weightless(source.config()))
     rankings = _rankings(heads, detectors, shape)
@@ -109,6 +119,7 @@ def ablate(
             points,
             out,
             mode=mode,
+            calibration=others_for(tokenizer).trials[:calibration] if mode in CALIBRATED else (),
             config={"heads": heads, "revision": revision},
             resume=resume,
             progress=_report,

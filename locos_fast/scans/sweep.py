@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedModel
 
-from locos_fast.causal.ablation import Head
+from locos_fast.causal.ablation import MODES, Head
 from locos_fast.causal.answers import Answer, given_answers
+from locos_fast.causal.calibration import CALIBRATED, CalibratedMeans
 from locos_fast.causal.controls import draws
 from locos_fast.causal.head_sets import Ranking
 from locos_fast.causal.model_shape import ModelShape
@@ -130,14 +131,16 @@ def sweep(
     out: str | Path,
     *,
     mode: str = "output-zero",
+    calibration: Sequence[Trial] = (),
     config: dict[str, Any] | None = None,
     resume: bool = False,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Sweep:
     """Recall of the model without each point's heads, into the folder `out`.
 
-    The intact model answers first; trials that it gets wrong are out, and counted. config: what else the result depends
-    on (JSON). resume: continue a sweep that the folder holds; its tables are then those of an uninterrupted one, to the
+    The intact model answers first; trials that it gets wrong are out, and counted. mode: see `ablate`. calibration:
+    other trials, on whose prompts modes that need it measure what heads do. config: what else the result depends on
+    (JSON). resume: continue a sweep that the folder holds; its tables are then those of an uninterrupted one, to the
     byte.
     Raises ValueError if the intact model answers no trial, and for another sweep's folder, saying what differs;
     FileExistsError if it holds one and `resume` is False, or another process works on it.
@@ -145,8 +148,12 @@ def sweep(
     if isinstance(trials, ScanTrials):
         composed = trials
         trials, config = composed.trials, composed.config | (config or {})
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+    if mode in CALIBRATED and not calibration:
+        raise ValueError(f"calibration: expected trials for mode {mode!r}, got none")
     folder = _Folder(Path(out))
-    what = {"mode": mode, **describe_model(model), **(config or {})}
+    what = {"mode": mode, "calibration_sha256": _digest(calibration), **describe_model(model), **(config or {})}
     with ScanFolder(folder.path).locked():
         folder.begin(what, trials, points, resume=resume)
         done = folder.lines()
@@ -158,8 +165,11 @@ def sweep(
             raise ValueError(f"no trial counts: the intact model answers none of {len(trials)} right")
         open_points = list({point.key: point for point in points if point.key not in done}.values())
         total = len({point.key for point in points})
+        prompts = [trial.prompt_ids for trial in calibration]
+        means = CalibratedMeans.of(model, prompts) if mode in CALIBRATED and prompts and open_points else None
         for number, point in enumerate(open_points, total - len(open_points) + 1):
-            folder.append(point.key, given_answers(model, [trials[i] for i in counted], point.heads, mode=mode))
+            answers = given_answers(model, [trials[i] for i in counted], point.heads, mode=mode, calibration=means)
+            folder.append(point.key, answers)
             progress(Progress(number, total))
         found = _conclude(list(points), len(trials), folder.lines())
         folder.write(RESULT, {**found.as_dict(), "config": what})
@@ -179,6 +189,11 @@ def _conclude(points: list[Point], trials: int, lines: dict[str, dict[str, Any]]
     )
 
 
+def _digest(trials: Sequence[Trial]) -> str:
+    asked = json.dumps([[trial.prompt_ids, trial.answer_ids, list(trial.needle_span)] for trial in trials])
+    return hashlib.sha256(asked.encode()).hexdigest()
+
+
 class _Folder:
     """A sweep on disk: its plan, a line for each set of heads that was tried, and the result."""
 
@@ -186,12 +201,11 @@ class _Folder:
         self.path = path
 
     def begin(self, config: dict[str, Any], trials: Sequence[Trial], points: Sequence[Point], *, resume: bool) -> None:
-        prompts = json.dumps([[trial.prompt_ids, trial.answer_ids] for trial in trials])
         plan = {
             "schema_version": SCHEMA_VERSION,
             "config": config,
             "trials": [trial.id for trial in trials],
-            "trials_sha256": hashlib.sha256(prompts.encode()).hexdigest(),
+            "trials_sha256": _digest(trials),
             "points": [point._asdict() for point in points],
         }
         plan = json.loads(json.dumps(plan))  # as it is read again

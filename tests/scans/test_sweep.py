@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from locos_fast import planted
-from locos_fast.causal.ablation import ablate
+from locos_fast.causal.ablation import MODES, ablate
 from locos_fast.causal.answers import given_answers
 from locos_fast.causal.head_sets import Ranking
 from locos_fast.causal.model_shape import model_shape
@@ -149,3 +149,21 @@ def test_the_result_is_json(model, tmp_path: Path) -> None:
     }
     assert np.isfinite([p["value"] for p in kept["points"]]).all() and kept["config"]["mode"] == "output-zero"
     assert found.ks == [1, 2]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_takes_recall_away(model, mode: str, tmp_path: Path) -> None:
+    """But for the published ones: with a query of zero or its mean a head still writes the mean of all values."""
+    trials, others = make_trials(60, "literal", 3), make_trials(50, "literal", 5)[3:]
+    points = [Point("given", 3, 0, model.heads["literal"])]
+    found = sweep(model.model, trials, points, tmp_path, mode=mode, calibration=others)
+    assert found.log_probability[0] < found.baseline - 1
+    assert found.accuracy[0] <= 1 / 3
+
+
+def test_a_mode_that_needs_other_prompts_says_so(model, tmp_path: Path) -> None:
+    trials = make_trials(60, "literal", 2)
+    with pytest.raises(ValueError, match="calibration: expected trials for mode 'output-mean', got none"):
+        sweep(model.model, trials, points_of(model), tmp_path, mode="output-mean")
+    with pytest.raises(ValueError, match="mode: expected one of output-zero"):
+        sweep(model.model, trials, points_of(model), tmp_path, mode="what")
