@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import random
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal, cast, get_args
 
 from torch import Tensor, nn
@@ -17,11 +15,11 @@ from locos_fast.causal.calibration import CALIBRATED, CalibratedMeans, Calibrati
 from locos_fast.causal.chosen_heads import Head, Heads, chosen_heads
 from locos_fast.causal.intact import unless_intact
 from locos_fast.causal.needle_knockout import hide_needle
-from locos_fast.models.architecture import attention_layers, decoder, head_count
+from locos_fast.models.architecture import decoder
 from locos_fast.models.forward_inputs import read_forward, read_ids
 from locos_fast.ops.arguments import checked_spans
 
-__all__ = ["MODES", "CalibratedMeans", "Head", "Mode", "ablate", "layer_matched_heads"]
+__all__ = ["MODES", "CalibratedMeans", "Head", "Mode", "ablate"]
 
 Mode = Literal["output-zero", "output-mean", "output-resample", "query-zero", "query-mean", "needle-knockout"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -121,22 +119,3 @@ def _watch_prompts(model: PreTrainedModel, means: CalibratedMeans) -> Iterator[N
         yield
     finally:
         hook.remove()
-
-
-def layer_matched_heads(model: PreTrainedModel, heads: Iterable[Head], *, seed: int) -> list[Head]:
-    """A control: as many random heads from each layer as `heads` has there, none of them in `heads`.
-
-    Raises ValueError where a layer has too few other heads.
-    """
-    layers = {layer.number: layer for layer in attention_layers(model)}
-    rng = random.Random(seed)
-    chosen: dict[int, set[int]] = defaultdict(set)
-    for index, head in heads:
-        chosen[index].add(head)
-    control: list[Head] = []
-    for index, of_layer in sorted(chosen.items()):
-        others = [head for head in range(head_count(layers[index])) if head not in of_layer]
-        if len(others) < len(of_layer):
-            raise ValueError(f"heads: layer {index} has {len(others)} other heads, too few to match {len(of_layer)}")
-        control += [(index, head) for head in sorted(rng.sample(others, len(of_layer)))]
-    return control
