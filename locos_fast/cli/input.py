@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from locos_fast.models.cache_memory import Way
     from locos_fast.models.memory_estimate import Segments, WithCache
+    from locos_fast.prompts.prefix_tree import PrefixNode
     from locos_fast.prompts.trials import Trial
 
 
@@ -27,13 +29,17 @@ def read_text(path: Path, argument: str, *, newline: str | None = None) -> str:
         ) from error
 
 
-def load_model(source: Any, tokens: int, argument: str, summed: Segments | None = None) -> tuple[Any, int]:
+def load_model(
+    source: Any, tokens: int, argument: str, summed: Segments | None = None, *, reply_tokens: int = 0
+) -> tuple[Any, int]:
     """The model, and the bytes that a forward over `tokens` tokens needs; refused if the machine lacks them.
 
-    `argument` is where the tokens come from, for the error message; `summed` what an attribution sums.
+    `argument` is where the tokens come from, for the error message; `summed` what an attribution sums; `reply_tokens`
+    how many of the tokens the model generates: if any, the keys and values of all tokens are kept.
     """
     from transformers.utils.logging import disable_progress_bar
 
+    from locos_fast.models.cache_memory import Way
     from locos_fast.models.memory_estimate import estimate, refuse_if_too_large
 
     if not sys.stderr.isatty():
@@ -42,12 +48,12 @@ def load_model(source: Any, tokens: int, argument: str, summed: Segments | None 
     positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if positions is not None and tokens > positions:
         raise ValueError(f"{argument}: a prompt of {tokens} tokens is longer than the model's {positions} positions")
-    dtype = source.torch_dtype(config)
+    dtype, attention, generating = source.torch_dtype(config), source.attn_implementation, reply_tokens > 0
     if source.device_map is None:  # with one, accelerate places what does not fit elsewhere
         device = source.torch_device()
-        needed = refuse_if_too_large(config, tokens, dtype, source.attn_implementation, device, summed)
+        needed = refuse_if_too_large(config, tokens, dtype, attention, device, summed, generating=generating)
     else:
-        needed = estimate(config, tokens, dtype, source.attn_implementation, summed)
+        needed = estimate(config, tokens, dtype, attention, summed, [Way((tokens,))] if generating else [])
     return source.load(), needed.total
 
 
@@ -58,22 +64,46 @@ def beginnings_fit(source: Any, trials: Sequence[Trial], reply_tokens: int = 0) 
     None where several devices share the model, whose free memory says nothing of one cache.
     """
     from locos_fast.models.memory_estimate import fits_with_cache
-    from locos_fast.prompts.prefix_tree import passes
-    from locos_fast.scoring.shared_prefixes import trial_tree
 
     if source.device_map is not None:
         return None
     config = source.config()
-    sequences = [[*trial.prompt_ids, *trial.answer_ids] for trial in trials]
-    ways = passes(sequences, trial_tree(trials, "all"))  # as `scans.run` has it
     return fits_with_cache(
         config,
-        max(map(len, sequences)) + reply_tokens,
+        max(len(trial.prompt_ids) + max(len(trial.answer_ids), reply_tokens) for trial in trials),
         source.torch_dtype(config),
         source.attn_implementation,
         source.torch_device(),
-        [[*way[:-1], way[-1] + reply_tokens] for way in ways if way],
+        _ways(trials, reply_tokens),
     )
+
+
+def _ways(trials: Sequence[Trial], reply_tokens: int) -> Iterator[Way]:
+    """How a scan's cache comes to hold each trial; a reply is generated alone, if need be behind a prompt that shares
+    nothing, and given answers are run side by side."""
+    from locos_fast.models.cache_memory import Way
+    from locos_fast.prompts.prefix_tree import passes
+    from locos_fast.scoring.shared_prefixes import TOGETHER_BYTES, trial_tree
+
+    sequences = [[*trial.prompt_ids, *trial.answer_ids] for trial in trials]
+    tree = trial_tree(trials, "all")  # as `scans.run` has it
+    rows = _side_by_side(tree, list(map(len, sequences)))
+    for number, ends, together in zip(tree.sequences(), passes(sequences, tree), rows, strict=True):
+        if reply_tokens:
+            longest = len(trials[number].prompt_ids) + max(len(trials[number].answer_ids), reply_tokens)
+            yield Way((*ends[:-1], longest))
+        else:
+            yield Way(tuple(ends), together, TOGETHER_BYTES)
+
+
+def _side_by_side(node: PrefixNode, lengths: Sequence[int]) -> Iterator[int]:
+    """Of each trial below a node, in the tree's order, how many run in its pass, as `behind_shared_prefixes` has it."""
+    from locos_fast.scoring.shared_prefixes import MOST_TOGETHER, SHORT
+
+    short = [lengths[leaf] - node.end <= SHORT for leaf in node.leaves]
+    yield from (min(sum(short), MOST_TOGETHER) if little else 1 for little in short)
+    for child in node.children:
+        yield from _side_by_side(child, lengths)
 
 
 def check_vocabulary(network: Any, ids: Iterable[int]) -> None:

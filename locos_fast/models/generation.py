@@ -91,9 +91,9 @@ def generate_greedily(
     of the forward pass, computes everything anew for each token, as scoring does: slow, and exact.
     max_new_tokens: outside thinking blocks, a stop token not counted. token_chunk: see `token_chunks`; of the prompt.
 
-    Attention runs as the model runs it; nothing is recorded or replaced. Behind a prefix, its keys and values are in
-    memory a second time, together with those of the rest. To score the reply, put it behind the prompt
-    and call `score_tokens`, with the same prefix.
+    Attention runs as the model runs it; nothing is recorded or replaced. Keys and values of all tokens are in memory,
+    once; behind a prefix those of layers that are not cropped (`prefix_cache`) a second time. To score the reply, put
+    it behind the prompt and call `score_tokens`, with the same prefix.
     Raises ValueError for an empty prompt, fewer than one new token, a prefix of another prompt, and logits that are not
     finite.
     """

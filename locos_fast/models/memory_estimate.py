@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from locos_fast.models.cache_memory import cache_bytes, cached_layers, without_memory
+from locos_fast.models.cache_memory import CachedLayer, Way, cache_bytes, cached_layers, largest_cache, without_memory
 from locos_fast.models.foreign_errors import one_value_error
 from locos_fast.models.token_chunks import TOKENS_PER_CHUNK
 
@@ -23,7 +23,7 @@ class MemoryEstimate(NamedTuple):
     activations: int  # one layer's, and the residual stream
     attention: int  # score matrices and masks that the attention implementation builds
     sums: int = 0  # of an attribution, over its segments
-    cache: int = 0  # keys and values of shared beginnings, in all copies that are held at once
+    cache: int = 0  # keys and values of shared beginnings or of a reply, in all copies that are held at once
 
     @property
     def total(self) -> int:
@@ -54,22 +54,22 @@ def estimate(
     dtype: torch.dtype,
     attn_implementation: str | None,
     summed: Segments | None = None,
-    shared: Iterable[Sequence[int]] = (),
+    cached: Iterable[Way] = (),
 ) -> MemoryEstimate:
     """Estimate a forward over `tokens` tokens; `config` is the model's configuration.
 
-    summed: of an attribution. shared: of trials that continue from shared beginnings, how far each one's cache reaches
-    after every pass on the way to it (`prompts.prefix_tree.passes`); the largest counts.
+    summed: of an attribution. cached: of trials that continue from a cache, be it a shared beginning or their own, how
+    far it reaches after every pass on the way to them (`prompts.prefix_tree.passes`); the largest counts. That a pass
+    holds one layer's keys or values before and after it is within `activations`, which are those of all tokens at once.
     Raises ValueError, in one line, for a configuration from which no model can be built.
     """
     with one_value_error("model: config.json describes no model that can be built"):
         weights = _parameters(config) * dtype.itemsize
         activations, attention = _above_weights(config, tokens, dtype, attn_implementation)
         sums = 0 if summed is None else summed.bytes(config)
-        ways = set(map(tuple, shared)) - {()}
+        ways = {way for way in cached if way.ends}
         layers = cached_layers(config) if ways else []
-    cache = max((cache_bytes(layers, ends, dtype) for ends in ways), default=0)
-    return MemoryEstimate(weights, activations, attention, sums, cache)
+    return MemoryEstimate(weights, activations, attention, sums, largest_cache(layers, ways, dtype))
 
 
 def available(device: torch.device) -> int:
@@ -105,14 +105,14 @@ def fits_with_cache(
     dtype: torch.dtype,
     attn_implementation: str | None,
     device: torch.device,
-    shared: Iterable[Sequence[int]],
+    cached: Iterable[Way],
 ) -> WithCache:
     """Whether forwards over at most `tokens` tokens fit together with the caches of shared beginnings, see `estimate`.
 
     To be asked before the weights are loaded. A run for which it says no may still fit without them: that is what
     `refuse_if_too_large` says.
     """
-    needed, free = estimate(config, tokens, dtype, attn_implementation, shared=shared), available(device)
+    needed, free = estimate(config, tokens, dtype, attn_implementation, cached=cached), available(device)
     return WithCache(needed.total <= free, needed, free)
 
 
@@ -123,15 +123,19 @@ def refuse_if_too_large(
     attn_implementation: str | None,
     device: torch.device,
     summed: Segments | None = None,
+    *,
+    generating: bool = False,
 ) -> MemoryEstimate:
-    """The estimate of a forward over `tokens` tokens.
+    """The estimate of a forward over `tokens` tokens; generating: with keys and values of all of them kept.
 
     Raises ValueError if it exceeds the free memory, naming what is needed, what there is and how many tokens would fit.
     """
-    needed, free = estimate(config, tokens, dtype, attn_implementation, summed), available(device)
+    own = [Way((tokens,))] if generating else []
+    needed, free = estimate(config, tokens, dtype, attn_implementation, summed, own), available(device)
     if needed.total <= free:
         return needed
-    most = tokens_that_fit(config, tokens, dtype, attn_implementation, free - needed.weights - needed.sums)
+    layers = cached_layers(config) if generating else []
+    most = tokens_that_fit(config, tokens, dtype, attn_implementation, free - needed.weights - needed.sums, layers)
     fits = f"about {most} tokens would fit" if most else "not even the weights and one token fit"
     raise ValueError(
         f"memory: this run needs about {needed} and {device} has {free / GIB:.2f} GiB free; {fits}; use a shorter "
@@ -139,11 +143,23 @@ def refuse_if_too_large(
     )
 
 
-def tokens_that_fit(config: Any, tokens: int, dtype: torch.dtype, attn_implementation: str | None, room: int) -> int:
-    """The most tokens, at most `tokens`, whose forward takes no more than `room` bytes above the weights; 0 if none."""
-    return bisect_right(
-        range(1, tokens + 1), room, key=lambda n: sum(_above_weights(config, n, dtype, attn_implementation))
-    )
+def tokens_that_fit(
+    config: Any,
+    tokens: int,
+    dtype: torch.dtype,
+    attn_implementation: str | None,
+    room: int,
+    cached: Sequence[CachedLayer] = (),
+) -> int:
+    """The most tokens, at most `tokens`, whose forward takes no more than `room` bytes above the weights; 0 if none.
+
+    cached: layers that keep the keys and values of all of them.
+    """
+
+    def above_weights(n: int) -> int:
+        return sum(_above_weights(config, n, dtype, attn_implementation)) + cache_bytes(cached, Way((n,)), dtype)
+
+    return bisect_right(range(1, tokens + 1), room, key=above_weights)
 
 
 def _above_weights(config: Any, tokens: int, dtype: torch.dtype, attn_implementation: str | None) -> tuple[int, int]:

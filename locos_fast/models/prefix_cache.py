@@ -1,8 +1,10 @@
 """A KV cache that several continuations of one prompt start from, each finding it as the prompt left it.
 
-Put back by remembering, not by cropping: what a layer of the cache holds is noted before a continuation and set again
-after it. Keys and values are never written in place (a continuation concatenates), so noting them copies nothing; the
-few states of layers that work otherwise (sliding windows' counters, linear attention) are copied.
+A layer of full attention is cropped: before a continuation only its length is noted, and after it keys and values are
+cut to that length. A continuation concatenates, so that the new tensors, which hold the old tokens too, are the only
+ones there. The cut is a view: the longer tensors stay in memory until the next continuation has replaced them. What
+other layers hold is remembered and set again: keys and values of a window, which are never written in place, without a
+copy, and the few states of layers that work otherwise (windows' counters, linear attention) in one.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import contextlib
 import inspect
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,26 +88,38 @@ class PrefixCache:
         """`branch` for that many continuations in one forward pass, where the cache `serves_several`.
 
         Nothing is copied here: keys and values are never written in place, so that all rows may read the same; but the
-        pass itself puts each row's own behind a copy of them, `count` times the cache in all.
+        pass itself puts each row's own behind a copy of them, `count` times the cache in all, while the one that is put
+        back is kept: cut out of the rows it would keep all of them in memory.
         """
         with self.branch():
-            for layer in self.cache.layers:
-                if isinstance(layer, DynamicLayer) and layer.get_seq_length():
-                    layer.keys, layer.values = (x.expand(count, -1, -1, -1) for x in (layer.keys, layer.values))
-            yield
+            single = [
+                (layer, layer.keys, layer.values)
+                for layer in self.cache.layers
+                if isinstance(layer, DynamicLayer) and layer.get_seq_length()
+            ]
+            try:
+                for layer, keys, values in single:
+                    layer.keys, layer.values = (x.expand(count, -1, -1, -1) for x in (keys, values))
+                yield
+            finally:
+                for layer, keys, values in single:
+                    layer.keys, layer.values = keys, values
 
     @contextlib.contextmanager
     def branch(self) -> Iterator[None]:
-        """Inside the context the cache may be continued; on exit it is as it was, also after an exception."""
+        """Inside the context the cache may be continued; on exit it is as it was, also after an exception.
+
+        Of full layers no second copy is kept, however deep branches lie in each other; after the exit what a branch has
+        added stays in memory, unseen, until the next continuation.
+        """
         layers, ids = list(self.cache.layers), list(self.ids)
-        noted = [_noted(layer) for layer in layers]
+        noted = [_Noted.of(layer) for layer in layers]
         try:
             yield
         finally:
             self.ids, self.cache.layers[:] = ids, layers  # without those that a continuation added
-            for layer, state in zip(layers, noted, strict=True):
-                vars(layer).clear()
-                vars(layer).update(state)
+            for layer, held in zip(layers, noted, strict=True):
+                held.put_back(layer)
 
 
 def empty_cache(model: PreTrainedModel) -> DynamicCache:
@@ -163,9 +177,29 @@ def check_keys_stay(model: PreTrainedModel) -> None:
                 )
 
 
-def _noted(layer: Any) -> dict[str, Any]:
-    replaced = REPLACED if isinstance(layer, DynamicLayer) else ()
-    return {name: value if name in replaced else _copied(value) for name, value in vars(layer).items()}
+def is_cropped(layer: Any) -> bool:
+    """Whether a layer of a cache is put back by cutting it to its length: one that only ever grows at its end."""
+    return type(layer) is DynamicLayer
+
+
+class _Noted(NamedTuple):
+    """What a layer of the cache is to be put back to."""
+
+    lengths: dict[str, int]  # of what is cropped, in tokens
+    state: dict[str, Any]  # the rest
+
+    @classmethod
+    def of(cls, layer: Any) -> _Noted:
+        held = {name: vars(layer)[name] for name in REPLACED} if isinstance(layer, DynamicLayer) else {}
+        cropped = {name: x.shape[-2] for name, x in held.items() if is_cropped(layer) and x is not None and x.ndim > 1}
+        rest = {name: value for name, value in vars(layer).items() if name not in cropped}
+        return cls(cropped, {name: value if name in held else _copied(value) for name, value in rest.items()})
+
+    def put_back(self, layer: Any) -> None:
+        grown = {name: vars(layer)[name] for name in self.lengths}
+        assert all(x.shape[-2] >= self.lengths[name] for name, x in grown.items()), "a continuation took tokens away"
+        vars(layer).clear()
+        vars(layer).update(self.state | {name: x[..., : self.lengths[name], :] for name, x in grown.items()})
 
 
 def _copied(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from locos_fast.models import cache_memory, memory_estimate
-from locos_fast.models.cache_memory import STATE_BYTES, CachedLayer, cache_bytes, cached_layers
+from locos_fast.models.cache_memory import STATE_BYTES, CachedLayer, Way, cache_bytes, cached_layers, largest_cache
 from locos_fast.models.memory_estimate import estimate, fits_with_cache
 from locos_fast.models.prefix_cache import PrefixCache
 from locos_fast.prompts.prefix_tree import passes, prefix_tree
@@ -47,19 +48,31 @@ def storages(held: Any) -> dict[int, int]:
     return {place: size for value in inner for place, size in storages(value).items()}
 
 
-def held_after(prefix: PrefixCache, ids: Tensor, ends: tuple[int, ...]) -> int:
-    """Bytes that the caches of all passes hold together, each branching from the one before."""
-    held: list[dict[str, Any]] = []
+def tensors(held: Any) -> Iterator[Tensor]:
+    if isinstance(held, Tensor):
+        yield held
+    for value in held.values() if isinstance(held, dict) else held if isinstance(held, list) else ():
+        yield from tensors(value)
 
-    def go_on(ends: tuple[int, ...]) -> None:
-        prefix.extend(ids[:, prefix.tokens : ends[0]])
-        held.extend(dict(vars(layer)) for layer in prefix.cache.layers)
-        if ends[1:]:
-            with prefix.branch():
-                go_on(ends[1:])
 
-    go_on(ends)
-    return sum(storages(held).values())
+def held_after(prefix: PrefixCache, ids: Tensor, ends: tuple[int, ...], rows: int = 1) -> int:
+    """Bytes of keys, values and states that are in memory behind the last pass, of those that any pass has put into the
+    cache, each branching from the one before; the last with so many rows."""
+    seen: list[weakref.ref[Tensor]] = []
+
+    def look() -> None:
+        seen.extend(weakref.ref(x) for layer in prefix.cache.layers for x in tensors(vars(layer)))
+
+    def go_on(ends: tuple[int, ...]) -> int:
+        rest = ids[:, prefix.tokens : ends[0]]
+        prefix.extend(rest if ends[1:] else rest.expand(rows, -1))
+        look()
+        if not ends[1:]:
+            return sum(storages([x for ref in seen if (x := ref()) is not None]).values())
+        with prefix.branch() if ends[2:] or rows == 1 else prefix.branches(rows):
+            return go_on(ends[1:])
+
+    return go_on(ends)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
@@ -71,7 +84,7 @@ def test_bytes_are_those_that_the_caches_hold(family: str, dtype: torch.dtype) -
         ids = tokens(1, ends[-1])
         if family == "gemma3_vision":
             model, ids = build(family, dtype=dtype), ids.clamp(max=50)  # the last ids stand for pictures
-        assert cache_bytes(layers, ends, dtype) == held_after(PrefixCache(model), ids, ends), ends
+        assert cache_bytes(layers, Way(ends), dtype) == held_after(PrefixCache(model), ids, ends), ends
 
 
 @pytest.mark.parametrize("name", ["DeepseekV2", "GPTBigCode", "BioGpt", "Youtu", "Exaone4"])
@@ -79,7 +92,7 @@ def test_latents_single_heads_and_models_that_cannot_be_asked(name: str) -> None
     model = further_families.build(name)
     ends = CHAINS[-1]
     found = held_after(PrefixCache(model), tokens(1, ends[-1]), ends)
-    assert cache_bytes(cached_layers(read_again(model.config)), ends, torch.float32) == found
+    assert cache_bytes(cached_layers(read_again(model.config)), Way(ends), torch.float32) == found
 
 
 @pytest.mark.parametrize("name", ["Lfm2"])
@@ -89,7 +102,7 @@ def test_states_that_do_not_grow_are_counted(name: str) -> None:
     grown = [layer for layer in layers if layer.per_token]
     assert 0 < len(grown) < len(layers) and all(layer.states for layer in layers if not layer.per_token)
     found = held_after(PrefixCache(model), tokens(1, 11), ends)
-    assert cache_bytes(layers, ends, torch.float32) == found
+    assert cache_bytes(layers, Way(ends), torch.float32) == found
 
 
 def test_layers_that_share_keys_take_nothing() -> None:
@@ -97,12 +110,48 @@ def test_layers_that_share_keys_take_nothing() -> None:
     assert [layer.per_token for layer in layers] == [2 * 2 * 16, 2 * 2 * 24, 0, 0]
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gemma4", "llama4"])
+def test_rows_side_by_side_are_counted_beside_what_they_start_from(family: str) -> None:
+    model = build(family, dtype=torch.float32)
+    layers = cached_layers(read_again(model.config))
+    for ends in CHAINS[2:]:
+        found = held_after(PrefixCache(model), tokens(1, ends[-1]), ends, rows=3)
+        assert cache_bytes(layers, Way(ends, 3, 2**30), torch.float32) == found, ends
+
+
 def test_a_window_is_kept_beside_the_tokens_of_each_pass() -> None:
     layer = CachedLayer(per_token=10, window=8, states=3)
     assert layer.bytes((20,), 2) == 20 * 10 * 2 + 3 * STATE_BYTES
     assert layer.bytes((20, 25), 2) == (20 + 7 + 5) * 10 * 2 + 2 * 3 * STATE_BYTES
     assert layer._replace(window=None).bytes((20, 25), 4) == (20 + 25) * 10 * 4 + 2 * 3 * 4
-    assert cache_bytes([layer], (), torch.float32) == 0
+    assert cache_bytes([layer], Way(()), torch.float32) == 0
+
+
+def test_a_cropped_layer_is_there_once_however_many_passes_led_to_it() -> None:
+    layer = CachedLayer(per_token=10, window=None, cropped=True)
+    assert layer.bytes(tuple(range(1, 101)), 2) == layer.bytes((100,), 2) == 100 * 10 * 2
+    assert layer.bytes((20, 25), 2, rows=4) == (20 + 4 * 25) * 10 * 2
+
+
+def test_rows_for_whose_copies_there_is_no_room_are_not_counted() -> None:
+    layers = [CachedLayer(10, None, cropped=True), CachedLayer(10, 8)]
+    one = (20 + 7) * 10 * 4  # bytes of the beginning
+    for room, rows in ((8 * one, 5), (3 * one, 3), (3 * one - 1, 2), (one, 1), (0, 1)):
+        expected = sum(layer.bytes((20, 25), 4, rows) for layer in layers)
+        assert cache_bytes(layers, Way((20, 25), 5, room), torch.float32) == expected, room
+    states = [CachedLayer(0, None, states=3), *layers]
+    assert cache_bytes(states, Way((20, 25), 5, 2**30), torch.float32) == cache_bytes(
+        states, Way((20, 25)), torch.float32
+    )
+
+
+def test_each_layer_is_counted_at_its_own_largest() -> None:
+    """A cropped layer may still keep what one trial had added while a window is already at another's."""
+    full, window = CachedLayer(10, None, cropped=True), CachedLayer(10, 8)
+    long, winding = Way((10, 100)), Way((30, 60, 90, 95))
+    found = largest_cache([full, window], [long, winding, Way(())], torch.float32)
+    assert found == full.bytes(long.ends, 4) + max(window.bytes(way.ends, 4) for way in (long, winding))
+    assert largest_cache([full, window], [], torch.float32) == 0
 
 
 def test_a_model_whose_keys_depend_on_the_length_shares_nothing() -> None:
@@ -149,17 +198,18 @@ def test_passes_are_what_the_walk_does() -> None:
 def test_the_largest_way_is_part_of_the_estimate() -> None:
     config = build("llama").config
     plain = estimate(config, 100, torch.float32, "sdpa")
-    shared = estimate(config, 100, torch.float32, "sdpa", shared=[[], [60, 70], [90, 100]])
+    ways = [Way(()), Way((60, 70)), Way((90, 100))]
+    shared = estimate(config, 100, torch.float32, "sdpa", cached=ways)
     assert plain.cache == 0
-    assert shared.cache == cache_bytes(cached_layers(config), (90, 100), torch.float32)
+    assert shared.cache == cache_bytes(cached_layers(config), ways[-1], torch.float32)
     assert shared.total == plain.total + shared.cache
     assert "cache" in str(shared)
 
 
 def test_what_fits_only_without_cache_is_said_and_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    config, device, ways = build("llama").config, torch.device("cpu"), [[90, 100]]
+    config, device, ways = build("llama").config, torch.device("cpu"), [Way((90, 100))]
     plain = estimate(config, 100, torch.float32, "sdpa")
-    whole = estimate(config, 100, torch.float32, "sdpa", shared=ways)
+    whole = estimate(config, 100, torch.float32, "sdpa", cached=ways)
     monkeypatch.setattr(memory_estimate, "available", lambda device: whole.total)
     assert fits_with_cache(config, 100, torch.float32, "sdpa", device, ways).fits
     monkeypatch.setattr(memory_estimate, "available", lambda device: whole.total - 1)
@@ -168,6 +218,22 @@ def test_what_fits_only_without_cache_is_said_and_not_refused(monkeypatch: pytes
     assert memory_estimate.refuse_if_too_large(config, 100, torch.float32, "sdpa", device) == plain
 
 
+def test_a_run_that_generates_is_refused_without_room_for_its_own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, device = build("llama").config, torch.device("cpu")
+
+    def refused(tokens: int, *, generating: bool) -> memory_estimate.MemoryEstimate:
+        return memory_estimate.refuse_if_too_large(config, tokens, torch.float32, "sdpa", device, generating=generating)
+
+    whole = estimate(config, 1000, torch.float32, "sdpa", cached=[Way((1000,))])
+    monkeypatch.setattr(memory_estimate, "available", lambda device: whole.total)
+    assert refused(1000, generating=True) == whole
+    monkeypatch.setattr(memory_estimate, "available", lambda device: whole.total - 1)
+    assert refused(1000, generating=False).cache == 0
+    with pytest.raises(ValueError, match="about 999 tokens would fit"):
+        refused(1000, generating=True)
+    assert refused(999, generating=True).total < whole.total
+
+
 def test_nothing_shared_asks_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_memory, "PrefixCache", None)  # would raise
-    assert estimate(build("llama").config, 100, torch.float32, "sdpa", shared=[[], []]).cache == 0
+    assert estimate(build("llama").config, 100, torch.float32, "sdpa", cached=[Way(()), Way(())]).cache == 0

@@ -1,8 +1,12 @@
 """A shared beginning: what continues from it computes what the whole prompt does, and leaves no trace."""
 
+import contextlib
+import weakref
+
 import pytest
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicLayer
 
 from locos_fast.models.architecture import UnsupportedModelError
 from locos_fast.models.prefix_cache import PrefixCache, cache_argument
@@ -53,6 +57,106 @@ def test_a_branch_gives_the_same_bits_again_after_another_and_after_an_exception
         raise RuntimeError("stop")
     with shared.branch():
         shared.extend(ids[:, :9])
+    assert torch.equal(logits(model, shared, ids[:, PREFIX:]), before)
+
+
+ENDS = (9, PREFIX - 5, PREFIX)
+
+
+def grown(model: nn.Module, ids: torch.Tensor) -> PrefixCache:
+    shared = PrefixCache(model)
+    for start, end in zip((0, *ENDS), ENDS, strict=False):
+        shared.extend(ids[:, start:end])
+    return shared
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gemma4", "llama4", "deepseek_v3", "qwen3_next"])
+def test_branches_in_branches_leave_every_level_as_if_there_had_been_none(family: str) -> None:
+    """To the bit: against caches that were extended by the same passes and never branched from."""
+    model = build(family, "eager")
+    ids, shared = tokens(1, LENGTH), PrefixCache(model)
+
+    def check(level: int) -> None:
+        alone = PrefixCache(model)
+        for start, end in zip((0, *ENDS), ENDS[:level], strict=False):
+            alone.extend(ids[:, start:end])
+        assert shared.ids == alone.ids
+        for found, expected in zip(shared.cache.layers, alone.cache.layers, strict=True):
+            assert found.get_seq_length() == expected.get_seq_length()
+            for name in ("keys", "values"):
+                ours, theirs = getattr(found, name, None), getattr(expected, name, None)
+                assert (ours is None and theirs is None) or torch.equal(ours, theirs), name
+        rest = ids[:, ENDS[level - 1] :]
+        assert torch.equal(logits(model, shared, rest), logits(model, alone, rest))
+
+    def descend(level: int) -> None:
+        shared.extend(ids[:, shared.tokens : ENDS[level - 1]])
+        if level < len(ENDS):
+            with shared.branch():
+                descend(level + 1)
+        check(level)
+
+    descend(1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_branch_keeps_no_second_copy_of_full_layers(family: str) -> None:
+    model = build(family, "eager")
+    ids, shared = tokens(1, LENGTH), grown(model, tokens(1, LENGTH))
+    full = [type(layer) is DynamicLayer for layer in shared.cache.layers]
+    assert any(full) and all(full) == (family == "llama")
+    before = [weakref.ref(layer.keys) for layer in shared.cache.layers]
+    with shared.branch(), shared.branch():
+        shared.extend(ids[:, PREFIX:])
+        assert [ref() is None for ref in before] == full
+    longer = [layer.keys.untyped_storage().nbytes() > layer.keys.nbytes for layer in shared.cache.layers]
+    assert longer[full.index(True)]  # what the branch added is there until the next one
+    shared.extend(ids[:, PREFIX : PREFIX + 1])
+    keys = shared.cache.layers[full.index(True)].keys
+    assert keys.untyped_storage().nbytes() == keys.nbytes
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_several_rows_leave_the_single_one_and_none_of_their_memory(fails: bool) -> None:
+    model = build("gemma3", "eager")
+    ids, shared = tokens(1, LENGTH), grown(model, tokens(1, LENGTH))
+    before, size = logits(model, shared, ids[:, PREFIX:]), shared.bytes
+    sizes = [layer.keys.untyped_storage().nbytes() for layer in shared.cache.layers]
+    with pytest.raises(RuntimeError) if fails else contextlib.nullcontext(), shared.branches(3):
+        model(input_ids=ids[:, PREFIX:].expand(3, -1), **shared.forward_arguments())
+        assert shared.bytes > 2 * size
+        if fails:
+            raise RuntimeError("stop")
+    assert shared.bytes == size
+    assert [layer.keys.untyped_storage().nbytes() for layer in shared.cache.layers] == sizes
+    assert torch.equal(logits(model, shared, ids[:, PREFIX:]), before)
+
+
+def test_a_branch_from_nothing_leaves_nothing() -> None:
+    model = build("llama", "eager")
+    ids, shared = tokens(1, LENGTH), PrefixCache(model)
+    with shared.branch():
+        shared.extend(ids)
+    assert shared.bytes == shared.tokens == 0
+    assert torch.equal(logits(model, shared, ids), model(input_ids=ids, use_cache=True).logits)
+
+
+def test_a_pass_that_fails_between_layers_is_undone() -> None:
+    model = build("llama", "eager")
+    ids, shared = tokens(1, LENGTH), grown(model, tokens(1, LENGTH))
+    before = logits(model, shared, ids[:, PREFIX:])
+    update, calls = DynamicLayer.update, []
+
+    def fail_late(layer: DynamicLayer, keys: torch.Tensor, *rest: object) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(layer)
+        if len(calls) == 2:
+            layer.keys = torch.cat([layer.keys, keys], dim=-2)  # as if there had been no room for the values
+            raise torch.OutOfMemoryError("out of memory")
+        return update(layer, keys, *rest)
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(torch.OutOfMemoryError), shared.branch():
+        patched.setattr(DynamicLayer, "update", fail_late)
+        shared.extend(ids[:, PREFIX:])
     assert torch.equal(logits(model, shared, ids[:, PREFIX:]), before)
 
 
