@@ -70,6 +70,14 @@ def grown(model: nn.Module, ids: torch.Tensor) -> PrefixCache:
     return shared
 
 
+def same(ours: object, theirs: object) -> bool:
+    if isinstance(ours, torch.Tensor):
+        return torch.equal(ours, theirs)
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(same(value, theirs[key]) for key, value in ours.items())
+    return len(ours) == len(theirs) and all(map(same, ours, theirs)) if isinstance(ours, list) else ours == theirs
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gemma4", "llama4", "deepseek_v3", "qwen3_next"])
 def test_branches_in_branches_leave_every_level_as_if_there_had_been_none(family: str) -> None:
     """To the bit: against caches that were extended by the same passes and never branched from."""
@@ -82,10 +90,7 @@ def test_branches_in_branches_leave_every_level_as_if_there_had_been_none(family
             alone.extend(ids[:, start:end])
         assert shared.ids == alone.ids
         for found, expected in zip(shared.cache.layers, alone.cache.layers, strict=True):
-            assert found.get_seq_length() == expected.get_seq_length()
-            for name in ("keys", "values"):
-                ours, theirs = getattr(found, name, None), getattr(expected, name, None)
-                assert (ours is None and theirs is None) or torch.equal(ours, theirs), name
+            assert same(vars(found), vars(expected))
         rest = ids[:, ENDS[level - 1] :]
         assert torch.equal(logits(model, shared, rest), logits(model, alone, rest))
 
@@ -147,12 +152,14 @@ def test_a_pass_that_fails_between_layers_is_undone() -> None:
     before = logits(model, shared, ids[:, PREFIX:])
     update, calls = DynamicLayer.update, []
 
-    def fail_late(layer: DynamicLayer, keys: torch.Tensor, *rest: object) -> tuple[torch.Tensor, torch.Tensor]:
+    def fail_late(
+        layer: DynamicLayer, keys: torch.Tensor, *rest: object, **named: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         calls.append(layer)
         if len(calls) == 2:
             layer.keys = torch.cat([layer.keys, keys], dim=-2)  # as if there had been no room for the values
             raise torch.OutOfMemoryError("out of memory")
-        return update(layer, keys, *rest)
+        return update(layer, keys, *rest, **named)
 
     with pytest.MonkeyPatch.context() as patched, pytest.raises(torch.OutOfMemoryError), shared.branch():
         patched.setattr(DynamicLayer, "update", fail_late)
