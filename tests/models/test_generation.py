@@ -11,7 +11,7 @@ from transformers import OpenAIGPTConfig, PreTrainedModel
 from locos_fast import score_tokens
 from locos_fast.models.architecture import UnsupportedModelError
 from locos_fast.models.generation import Generated, StopRules, generate_greedily
-from locos_fast.models.prefix_cache import PrefixCache
+from locos_fast.models.prefix_cache import PrefixCache, check_continues
 from locos_fast.scoring.head_scores import ARRAYS
 from tests.oracles import tiny_models
 from tests.oracles.architecture_models import FAMILIES, build
@@ -159,6 +159,7 @@ def reply(tokenizer: Words, script: list[int], prompt: Sequence[int] = (30, 30),
 def saying(script: list[int]) -> PreTrainedModel:
     """A model that says what it is told to."""
     model, said = model_of("qwen3"), iter(script)
+    check_continues(model)  # now: it runs the model, once
 
     def say(_: object, __: object, logits: torch.Tensor) -> torch.Tensor:
         chosen = torch.zeros_like(logits)
