@@ -191,7 +191,7 @@ def results(timed: Timed, case: ScanCase, reason: str) -> Results:
             pairs = zip(timed.seconds[name], timed.seconds[PACKED], strict=True)
             measured.append(Measurement.of(name, OVER, [other / packed for other, packed in pairs], case))
     for name, found in timed.scans.items():
-        measured.append(Measurement.of(name, PASSED, [gate_rate(found.statuses) or 0.0], case))
+        measured.append(Measurement.of(name, PASSED, [gate_rate(found.cells) or 0.0], case))
     if (agreement := _agreement(timed)) is not None:
         measured.append(Measurement.of(PACKED, OVERLAP, [agreement.shared / agreement.best], case))
         measured.append(Measurement.of(PACKED, SPEARMAN, [agreement.spearman], case))

@@ -31,7 +31,7 @@ from locos_fast.cli.trials import trials_of
 from locos_fast.report.display import shown
 
 if TYPE_CHECKING:
-    from locos_fast.scans.result import Scan
+    from locos_fast.scans.result import NothingCountsError, Scan
     from locos_fast.scans.run import Progress
 
 HEADS_SHOWN = 10
@@ -100,6 +100,7 @@ def scan(
     from locos_fast.models.loading import ModelSource
     from locos_fast.scans.attempt import Method
     from locos_fast.scans.manifest import Shard
+    from locos_fast.scans.result import NothingCountsError
     from locos_fast.scans.run import scan as run_scan
     from locos_fast.scans.store import ScanFolder
     from locos_fast.scoring.directions import check_norm
@@ -157,15 +158,27 @@ def scan(
     except KeyboardInterrupt:
         _note(f"interrupted; what is done is in {out}, and --resume continues from there")
         raise typer.Exit(INTERRUPTED) from None
+    except NothingCountsError as error:
+        if part is None:
+            raise
+        show_empty_shard(error, out, as_json)
+        return
     show_scan(result, out, as_json)
+
+
+def show_empty_shard(error: NothingCountsError, out: Path, as_json: bool) -> None:
+    """A part of a scan in which no trial counts is a part all the same."""
+    _note(f"{error}; merge puts it together with the other parts")
+    if as_json:
+        found = {"trials": sum(error.statuses.values()), "passed": 0, "heads": [], "statuses": error.statuses}
+        print(json.dumps(found | {"out": str(out)}, indent=2))
 
 
 def show_scan(result: Scan, out: Path, as_json: bool) -> None:
     """Print what a scan found."""
     from locos_fast.report import scan_tables
-    from locos_fast.scans.result import gate_rate
 
-    scores, rate = result.scores, gate_rate(result.statuses)
+    scores, rate = result.scores, result.scores.meta["gate_rate"]
     heads = scan_tables.scan_heads(scores, HEADS_SHOWN)
     if as_json:
         print(

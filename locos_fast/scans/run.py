@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
-from locos_fast.models.description import describe_model
+from locos_fast.models.description import describe_model, model_identity
 from locos_fast.models.foreign_errors import is_out_of_memory
 from locos_fast.prompts.prefix_tree import PrefixNode
 from locos_fast.prompts.scan_trials import ScanTrials
 from locos_fast.prompts.trials import Trial
 from locos_fast.scans.attempt import Attempts, Method, Outcome, free_memory
 from locos_fast.scans.manifest import Manifest, Shard
-from locos_fast.scans.result import Scan, conclude, why_nothing
+from locos_fast.scans.result import NothingCountsError, Scan, conclude
 from locos_fast.scans.store import DONE, Arrays, ScanFolder, Status
 from locos_fast.scoring.scorer import Tokenizer
 from locos_fast.scoring.shared_prefixes import Group, behind_shared_prefixes, cannot_share, trial_tree
@@ -71,7 +71,9 @@ def scan(
         composed = trials
         trials, config = composed.trials, composed.config | (config or {})
     folder = ScanFolder(Path(out))
-    manifest = Manifest.of({**method.as_config(), **describe_model(model), **(config or {})}, trials)
+    manifest = Manifest.of(
+        {**method.as_config(), **describe_model(model), **model_identity(model), **(config or {})}, trials
+    )
     attempts = Attempts(model, tokenizer, method)
     with folder.locked():
         if repaired := folder.begin(manifest.as_dict(), resume=resume):
@@ -92,7 +94,7 @@ def scan(
         finally:
             writer.flush()
         if "scored" not in writer.status.values():
-            raise ValueError(why_nothing(folder, _replies(attempts, writer)))
+            raise NothingCountsError.of(folder, _replies(attempts, writer))
         return conclude(folder)
 
 

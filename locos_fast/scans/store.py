@@ -18,10 +18,10 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from locos_fast.scans.manifest import SCHEMA_VERSION, difference, keys_of
+from locos_fast.scans.manifest import continued, what_is_wrong
 from locos_fast.scoring.head_scores import SCORES
 
 try:
@@ -51,22 +51,28 @@ class ScanFolder:
             try:
                 if fcntl is not None:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError as error:
                 raise FileExistsError(f"{self.path}: another process is working on this scan") from error
+            except OSError:
+                pass  # a file system without locks
             yield
 
     def begin(self, manifest: dict[str, Any], *, resume: bool) -> str | None:
-        """Write the manifest, or check that the one here is the same; returns what was repaired, if anything.
+        """Write the manifest, which may add trials to the one here; returns what was repaired, if anything.
 
         Raises FileExistsError if the folder holds a scan and `resume` is False, or other results, and ValueError,
-        saying what differs, if it was begun with another configuration or other trials.
+        saying what differs, if its trials are scored in another way or are not among those of the manifest.
         """
         self.check_free(resume=resume)
         if not self.manifest_file.exists():
             _write_atomically(self.manifest_file, manifest)
             return None
-        self.check_same(manifest)
-        return self.repair()
+        before = self.read_manifest()
+        now = continued(before, json.loads(json.dumps(manifest)), self.path)
+        repaired = self.repair()
+        if now != before:
+            _write_atomically(self.manifest_file, now)
+        return "; ".join(filter(None, [repaired, self.what_is_unreadable()])) or None
 
     def check_free(self, *, resume: bool) -> None:
         """Raises FileExistsError if the folder holds a scan and `resume` is False, or other results."""
@@ -75,24 +81,22 @@ class ScanFolder:
         elif not resume:
             raise FileExistsError(f"{self.path} already holds a scan; --resume continues it, or choose another folder")
 
-    def check_same(self, manifest: dict[str, Any]) -> None:
-        """Raises ValueError, saying what differs, unless the folder's scan has this manifest."""
-        before = self.read_manifest()
-        if changed := difference(before["config"], manifest["config"]):
-            raise ValueError(f"{self.path} holds a scan with another configuration: {changed}")
-        if keys_of(before) != keys_of(manifest):
-            raise ValueError(f"{self.path} holds a scan with the same configuration but other trials")
-
     def read_manifest(self) -> dict[str, Any]:
         """Raises ValueError if this is no scan that this version reads."""
         try:
             found = json.loads(self.manifest_file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.path} is no scan: its manifest.json cannot be read ({error})") from error
-        version = found.get("schema_version") if isinstance(found, dict) else None
-        if version != SCHEMA_VERSION:
-            raise ValueError(f"{self.path}: expected a scan of schema version {SCHEMA_VERSION}, got {version}")
+        if wrong := what_is_wrong(found):
+            raise ValueError(f"{self.path}: {wrong}")
         return found
+
+    def share_prefixes(self) -> bool | None:
+        """Whether the scan here lets trials continue from shared beginnings; None if there is none or it is not known.
+
+        Raises ValueError if this is no scan that this version reads.
+        """
+        return self.read_manifest().get("share_prefixes") if self.manifest_file.exists() else None
 
     def repair(self) -> str | None:
         """Cut off a last line that a killed process left half-written; returns a sentence about it."""
@@ -109,7 +113,8 @@ class ScanFolder:
         """Add trials that came to an end. `arrays`: key of each scored trial -> its arrays."""
         if arrays:
             self.arrays.mkdir(exist_ok=True)
-            number = 1 + max((int(file.stem) for file in self.arrays.glob("*.safetensors")), default=-1)
+            there = (file.stem for file in self.arrays.glob("[0-9]*.safetensors"))
+            number = 1 + max((int(stem) for stem in there if stem.isdecimal()), default=-1)
             file = self.arrays / f"{number:06d}.safetensors"
             scratch = file.with_suffix(".writing")
             save_file({f"{key}/{name}": array for key, of in arrays.items() for name, array in of.items()}, scratch)
@@ -121,8 +126,23 @@ class ScanFolder:
             os.fsync(out.fileno())
 
     def lines(self) -> dict[str, dict[str, Any]]:
-        """Key -> the last line of each trial that came to an end. Raises ValueError, with the line number, for a broken
-        file."""
+        """Key -> the last line of each trial that came to an end and, if it counts, whose scores can be read.
+
+        Raises ValueError, with the line number, for a broken file.
+        """
+        found = self._all_lines()
+        unreadable = self._unreadable(found)
+        return {key: line for key, line in found.items() if key not in unreadable}
+
+    def what_is_unreadable(self) -> str | None:
+        """A sentence about trials whose scores are lost; None if none are."""
+        lost = self._unreadable(self._all_lines())
+        if not lost:
+            return None
+        why = next(iter(lost.values()))
+        return f"the scores of {len(lost)} trials cannot be read, and those trials are open again ({why})"
+
+    def _all_lines(self) -> dict[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}
         if not self.lines_file.exists():
             return found
@@ -137,10 +157,41 @@ class ScanFolder:
                 raise ValueError(f"{self.lines_file}, line {number}: no trial ({error})") from error
         return found
 
-    def read_arrays(self, keys: list[str]) -> dict[str, NDArray[np.float32]]:
+    def _unreadable(self, lines: dict[str, dict[str, Any]]) -> dict[str, str]:
+        """Key -> why, of the trials that count and whose scores are not where their line says."""
+        held: dict[str, set[str] | str] = {}  # what a file has, or why it cannot be read
+        found = {}
+        for key, line in lines.items():
+            if line["status"] != "scored":
+                continue
+            name, arrays = line.get("arrays"), line.get("names")
+            if not isinstance(name, str) or not isinstance(arrays, list) or not arrays:
+                found[key] = f"{self.lines_file}: the line of {line.get('id', key)} names no arrays"
+                continue
+            if name not in held:
+                held[name] = self._held_by(name)
+            if isinstance(there := held[name], str):
+                found[key] = there
+            elif missing := [array for array in arrays if f"{key}/{array}" not in there]:
+                found[key] = f"{self.arrays / name} lacks {missing[0]} of {line.get('id', key)}"
+        return found
+
+    def _held_by(self, name: str) -> set[str] | str:
+        try:
+            with safe_open(self.arrays / name, "np") as file:
+                return set(file.keys())
+        except (OSError, SafetensorError) as error:
+            return f"{self.arrays / name}: {error}"
+
+    def read_arrays(
+        self, keys: list[str], lines: dict[str, dict[str, Any]] | None = None
+    ) -> dict[str, NDArray[np.float32]]:
         """Name -> (trials, layers, heads) of the trials with these keys, in their order; NaN for a trial of which a
-        detector says nothing."""
-        lines = self.lines()
+        detector says nothing.
+
+        lines: as `lines` has them, if they are at hand.
+        """
+        lines = self.lines() if lines is None else lines
         found: list[dict[str, NDArray]] = []
         with contextlib.ExitStack() as files:
             opened: dict[str, Any] = {}

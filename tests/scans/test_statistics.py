@@ -7,7 +7,20 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from locos_fast.scans.statistics import active_share, agreement, bootstrap, churn, gini, spearman, split_half
+from locos_fast.scans.statistics import (
+    active_share,
+    agreement,
+    best_heads,
+    bootstrap,
+    churn,
+    gini,
+    known_trials,
+    shared_with,
+    spearman,
+    split_half,
+    trials_that_say_anything,
+    well_known,
+)
 
 TRIALS, LAYERS, HEADS = 9, 3, 4
 
@@ -51,9 +64,24 @@ def test_an_interval_is_quantiles_of_means_of_resampled_trials(scores: np.ndarra
     assert np.isnan(low[1, 2]) and np.isnan(high[1, 2])
 
 
-def test_the_interval_of_one_trial_is_that_trial(scores: np.ndarray) -> None:
-    low, high = bootstrap(scores[:1])
-    assert np.array_equal(low, scores[0], equal_nan=True) and np.array_equal(high, scores[0], equal_nan=True)
+@pytest.mark.parametrize("known", [1, 2, 3])
+def test_a_head_known_in_too_few_trials_has_no_interval(scores: np.ndarray, known: int) -> None:
+    scores[known:, 0, 0] = np.nan
+    low, high = bootstrap(scores)
+    assert np.isnan(low[0, 0]) == np.isnan(high[0, 0]) == (known < 3)
+    assert np.isfinite(low[0, 1]) and np.isnan(bootstrap(scores[:1]).low).all()
+
+
+def test_trials_of_one_context_are_drawn_together(scores: np.ndarray) -> None:
+    repeated = np.repeat(scores, 4, axis=0)
+    contexts = [f"context {number // 4}" for number in range(len(repeated))]
+    together = bootstrap(repeated, contexts=contexts)
+    for found, expected in zip(together, bootstrap(scores), strict=True):  # four times the same says nothing new
+        np.testing.assert_allclose(found, expected, rtol=1e-12, equal_nan=True)
+    apart = bootstrap(repeated)
+    assert np.nanmax((apart.high - apart.low) / (together.high - together.low)) < 0.8  # expected: a half
+    two = np.isnan(bootstrap(repeated[:8], contexts=contexts[:8]).low)
+    assert two.all()  # eight trials, but only two contexts
 
 
 def test_churn_is_one_minus_the_mean_overlap_of_best_heads(scores: np.ndarray) -> None:
@@ -72,7 +100,8 @@ def test_a_head_is_active_where_it_has_a_tenth_of_the_largest_score(scores: np.n
     found = active_share(scores)
     for layer, head in ((0, 0), (1, 2), (2, 3)):
         active = [t for t in scores[1:] if t[layer, head] >= 0.1 * np.nanmax(t)]
-        assert found[layer, head] == pytest.approx(len(active) / TRIALS)
+        known = int((~np.isnan(scores[:, layer, head])).sum())
+        assert found[layer, head] == pytest.approx(len(active) / known if known else np.nan, nan_ok=True)
 
 
 def test_equal_trials_agree_entirely_and_unrelated_ones_do_not() -> None:
@@ -93,3 +122,30 @@ def test_gini_is_the_mean_difference_over_twice_the_mean() -> None:
 def test_one_trial_says_nothing_of_agreement(scores: np.ndarray) -> None:
     found = agreement(scores[:1])
     assert np.isnan(found.split_half) and np.isnan(found.churn) and 0 <= found.gini <= 1 and found.zero_share == 0
+
+
+def test_churn_counts_trials_that_have_a_head_only(scores: np.ndarray) -> None:
+    with_nothing = np.concatenate([scores, np.full((3, LAYERS, HEADS), np.nan)])
+    assert churn(with_nothing, 5) == churn(scores, 5)
+    assert np.isnan(churn(with_nothing[-4:], 5))  # one trial that has heads: no pair
+    nothing = agreement(np.full((4, LAYERS, HEADS), np.nan))
+    assert np.isnan(nothing.churn) and np.isnan(nothing.split_half) and np.isnan(nothing.zero_share)
+
+
+def test_heads_at_zero_or_below_are_never_among_the_best() -> None:
+    mean = np.array([[3.0, 0.0, -1.0], [np.nan, 2.0, 0.0]])
+    other = np.array([[0.0, 5.0, 1.0], [np.nan, 4.0, 0.0]])
+    assert best_heads(mean, 4) == [(0, 0), (1, 1)]
+    assert shared_with({"score": mean, "other": other, "zero": 0 * mean}, "score", 4) == {
+        "other": (1, 3),
+        "zero": (0, 0),
+    }
+
+
+def test_a_head_known_in_half_of_the_trials_that_say_anything_is_well_known(scores: np.ndarray) -> None:
+    assert known_trials(scores)[1, 2] == 0 and known_trials(scores)[2, 3] == TRIALS - 4
+    assert not well_known(scores)[1, 2] and well_known(scores)[2, 3]
+    scores[:5, 2, 3] = np.nan
+    assert not well_known(scores)[2, 3]  # 4 of 9
+    scores[8] = np.nan
+    assert trials_that_say_anything(scores) == 8 and not well_known(scores)[2, 3]  # 3 of 8
