@@ -8,7 +8,7 @@ from typing import Any
 
 from locos_fast.planted.model import KINDS, trial
 from locos_fast.planted.vocabulary import CITIES, NAMES, TOKEN_IDS, ids
-from locos_fast.prompts.needle_grid import spread
+from locos_fast.prompts.needle_grid import spread, unreached, without_repeats
 from locos_fast.prompts.scan_trials import LIMIT, ScanTrials, scan_grid
 from locos_fast.prompts.trials import Trial
 
@@ -41,11 +41,13 @@ def planted_trials(
     if limit < len(kinds):
         raise ValueError(f"limit: expected at least {len(kinds)}, a trial of each kind, got {limit}")
     cells = spread(grid, limit // len(kinds), seed=seed)
-    trials = [
-        with_foil(trial(length, each, depth=depth, seed=seed * limit + turn))
-        for turn, (length, depth) in enumerate(cells)
-        for each in kinds
-    ]
+    trials, notes = without_repeats(
+        [
+            with_foil(trial(length, each, depth=depth, seed=seed * limit + turn))
+            for turn, (length, depth) in enumerate(cells)
+            for each in kinds
+        ]
+    )
     config = {
         "dataset": "planted",
         "kinds": list(kinds),
@@ -57,7 +59,7 @@ def planted_trials(
         "chat_template": False,
         "seed": seed,
     }
-    return ScanTrials(trials, config, [])
+    return ScanTrials(trials, config, [*notes, *unreached(trials, grid)])
 
 
 def with_foil(asked: Trial) -> Trial:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from locos_fast.prompts.answer_words import as_a_word
 from locos_fast.prompts.chat_template import around_message
 from locos_fast.prompts.compose import TokenisedText, tokenise
 from locos_fast.prompts.text_segments import SENTENCE_END
@@ -43,8 +44,8 @@ class Fact(NamedTuple):
 
     @property
     def literal(self) -> bool:
-        """Whether the needle says the answer, in capitals or not."""
-        return self.answer.casefold() in self.needle.casefold()
+        """Whether the needle says the answer as a word of its own, in capitals or not."""
+        return as_a_word(self.answer, self.needle) is not None
 
 
 class Piece(NamedTuple):

@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 LEAST_SAVED = 16  # tokens; a shared run that saves fewer is not worth a forward pass of its own
+MOST_LEVELS = 256  # of a tree, which is walked by recursion; what shares more than so many beginnings shares those
 
 
 class PrefixNode(NamedTuple):
@@ -27,10 +28,10 @@ def prefix_tree(sequences: Sequence[Sequence[int]], reusable: Sequence[int]) -> 
     """The tree of common beginnings of `sequences` of token ids.
 
     reusable: how many tokens of each sequence may come from another one's computation; at most its length. Under a
-    causal mask that is everything in front of the first row that is read.
+    causal mask that is everything in front of the first row that is read. The tree has `MOST_LEVELS` levels at most.
     """
     order = sorted(range(len(sequences)), key=lambda i: list(sequences[i]))
-    return _node(order, sequences, reusable, done=0)
+    return _node(order, sequences, reusable, done=0, levels=MOST_LEVELS)
 
 
 def passes(sequences: Sequence[Sequence[int]], tree: PrefixNode) -> Iterator[list[int]]:
@@ -47,8 +48,10 @@ def _passes(sequences: Sequence[Sequence[int]], node: PrefixNode, before: list[i
         yield from _passes(sequences, child, ends)
 
 
-def _node(group: list[int], sequences: Sequence[Sequence[int]], reusable: Sequence[int], done: int) -> PrefixNode:
-    """The node of a sorted group whose first `done` tokens agree and are there already."""
+def _node(
+    group: list[int], sequences: Sequence[Sequence[int]], reusable: Sequence[int], *, done: int, levels: int
+) -> PrefixNode:
+    """The node of a sorted group whose first `done` tokens agree and are there already; levels: with its own."""
     end = _common(group, sequences, reusable)
     if (len(group) - 1) * (end - done) < LEAST_SAVED:
         end = done
@@ -59,10 +62,10 @@ def _node(group: list[int], sequences: Sequence[Sequence[int]], reusable: Sequen
     for _, members in groupby(going_on, key=lambda i: sequences[i][end]):
         below = list(members)
         shared = _common(below, sequences, reusable)
-        if (len(below) - 1) * (shared - end) < LEAST_SAVED:
+        if levels == 1 or (len(below) - 1) * (shared - end) < LEAST_SAVED:
             leaves += below
         else:
-            children.append(_node(below, sequences, reusable, end))
+            children.append(_node(below, sequences, reusable, done=end, levels=levels - 1))
     return PrefixNode(end, leaves, children)
 
 

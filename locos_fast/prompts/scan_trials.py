@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 from locos_fast.prompts.datasets import Dataset, read_dataset
 from locos_fast.prompts.haystacks import read_haystack
-from locos_fast.prompts.needle_grid import Grid, needle_trials, packed_trials
+from locos_fast.prompts.needle_grid import Grid, needle_trials, packed_trials, unreached, without_repeats
 from locos_fast.prompts.needle_prompt import Composer, Haystack
 from locos_fast.prompts.trials import Trial
 
 DEPTHS, LIMIT, ESSAYS = 5, 96, "essays"
+NO_FOIL = "no trial has a wrong answer to compare with: needles of one kind give each other theirs if they name a group"
 
 
 class ScanTrials(NamedTuple):
@@ -81,7 +82,7 @@ def scan_trials(
     tokens = max(grid.lengths)
     used = {fact.haystack for fact in data.facts}
     hays = {key: _tokenised(tokenizer, texts[key], tokens if data.repeated else 0) for key in texts if key in used}
-    facts, left_out = data.fit_for({key: hay.beginning(tokens) for key, hay in hays.items()})
+    facts, left_out, notes = data.fit_for({key: hay.beginning(tokens) for key, hay in hays.items()})
     if packed := needles_per_context > 1:
         trials = packed_trials(
             composer, hays, facts, grid.lengths, per_context=needles_per_context, limit=limit, name=data.name
@@ -104,8 +105,9 @@ def scan_trials(
         "prompt_suffix": prompt_suffix,
         "seed": seed,
     }
-    several = f"{len(left_out)} of {len(data.facts)} facts are left out: their answers stand in the haystack"
-    return ScanTrials(trials, config, [several] if left_out else [])
+    distinct, repeats = without_repeats(trials)
+    foils = [] if any(trial.foil for trial in distinct) else [NO_FOIL]
+    return ScanTrials(distinct, config, [*notes, *repeats, *unreached(distinct, grid), *foils])
 
 
 def _tokenised(tokenizer: Any, text: str, least: int) -> Haystack:

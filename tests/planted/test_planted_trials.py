@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from locos_fast import planted
 from locos_fast.planted.model import KINDS
-from locos_fast.planted.vocabulary import CITIES, NAMES, TOKENS
+from locos_fast.planted.trials import planted_trials
+from locos_fast.planted.vocabulary import CITIES, NAMES, TOKENS, build_tokenizer
+from locos_fast.scans.manifest import Manifest
 
 
 @settings(max_examples=60, deadline=None)
@@ -53,3 +55,16 @@ def test_trial_tells_where_the_answer_lies() -> None:
 def test_trial_names_the_argument_that_is_wrong(argument: str, arguments: dict) -> None:
     with pytest.raises(ValueError, match=f"^{argument}: expected"):
         planted.trial(**arguments)
+
+
+def test_equal_trials_of_a_tiny_prompt_are_asked_once_and_it_is_said() -> None:
+    found = planted_trials(build_tokenizer(max_length=100), "literal", lengths=[8], depths=5, limit=1000)
+    asked = {tuple(trial.prompt_ids) for trial in found.trials}
+    assert len(asked) == len(found.trials) <= len(NAMES) * len(CITIES)
+    assert found.notes[0].startswith(f"{1000 - len(asked)} of 1000 trials are left out")
+    Manifest.of(found.config, found.trials)
+
+
+def test_a_limit_that_reaches_no_trial_of_a_length_says_so() -> None:
+    found = planted_trials(build_tokenizer(max_length=100), "literal", lengths=[60, 70, 80], depths=1, limit=2)
+    assert len(found.notes) == 1 and found.notes[0].startswith("lengths without a trial: ")

@@ -8,7 +8,7 @@ import pytest
 
 from locos_fast.planted.vocabulary import build_tokenizer
 from locos_fast.prompts.built_in_facts import BUILT_IN_FACTS, RELATIONS
-from locos_fast.prompts.needle_grid import Grid, given_away, needle_trials, packed_trials
+from locos_fast.prompts.needle_grid import MOST, Grid, given_away, needle_trials, packed_trials, placed, spread
 from locos_fast.prompts.needle_prompt import Composer, Fact, Haystack
 
 FACTS = [
@@ -44,6 +44,67 @@ def test_without_a_limit_every_cell_asks_for_every_fact_once() -> None:
     assert len(found) == len({(t.requested_length, t.requested_depth, t.answer) for t in found}) == 12
 
 
+def kinds_at(side: int, cells) -> dict[object, Counter]:
+    """How many facts of each kind a length (side 0) or a depth (side 1) asks for."""
+    counts: dict[object, Counter] = {}
+    for cell, fact in cells:
+        counts.setdefault(cell[side], Counter())[fact.group] += 1
+    return counts
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("lengths", "depths", "limit"), [(3, 3, 18), (3, 3, 54), (2, 6, 12), (1, 3, 18), (3, 4, 144), (4, 3, 150)]
+)
+def test_every_length_and_depth_asks_for_all_relations(lengths: int, depths: int, limit: int, seed: int) -> None:
+    facts = BUILT_IN_FACTS["bridges"](0)
+    grid = Grid.of(list(range(100, 100 + lengths)), depths)
+    found = placed(facts, grid, limit, seed=seed)
+    assert sorted(fact.id for _, fact in found) == sorted(fact.id for fact in facts[:limit])
+    sizes = Counter(cell for cell, _ in found)
+    assert len(sizes) == lengths * depths and max(sizes.values()) - min(sizes.values()) <= 1
+    everywhere = Counter(fact.group for fact in facts[:limit])
+    for side, parts in ((0, lengths), (1, depths)):
+        for counts in kinds_at(side, found).values():
+            assert all(abs(counts[group] - count / parts) < 2 for group, count in everywhere.items())
+
+
+def test_facts_that_fall_evenly_are_taken_as_they_come() -> None:
+    facts = BUILT_IN_FACTS["bridges"](0)
+    for used, limit in ((facts, 96), (BUILT_IN_FACTS["numbers"](0), 96), (facts, 60)):
+        grid = Grid.parse("400:1600:3", "4")
+        expected = zip(spread(grid, limit, seed=0), (used * 3)[:limit], strict=True)
+        assert placed(used, grid, limit, seed=0) == list(expected)
+
+
+def test_dealt_facts_are_asked_for_once_in_a_cell_at_most() -> None:
+    facts = [Fact(str(i), "", "", "", group="ab"[i >= 2]) for i in range(4)]
+    for limit in range(1, 25):
+        found = placed(facts, Grid([60, 90, 120], [0.0, 50.0]), limit, seed=1)
+        assert len(found) == len({(cell, fact.id) for cell, fact in found}) == limit
+
+
+def test_packed_relations_take_turns_at_every_depth() -> None:
+    composer = Composer(build_tokenizer(max_length=1000), chat_template=False)
+    haystack = Haystack.of(composer.tokenizer, "old road in the valley . " * 60)
+    facts = BUILT_IN_FACTS["bridges"](0)
+    found = packed_trials(composer, {"": haystack}, facts, [240], per_context=6, limit=36, name="set")
+    groups = {fact.id: fact.group for fact in facts}
+    at_depth = {(trial.requested_depth, groups[trial.id.split("/")[1]]) for trial in found}
+    # six contexts, six relations; some facts stand in another's place, with which it cannot stand together
+    assert min(Counter(depth for depth, _ in at_depth).values()) >= 5
+
+
+def test_a_limit_without_a_context_of_each_length_is_refused() -> None:
+    composer = Composer(build_tokenizer(max_length=1000), chat_template=False)
+    haystack = Haystack.of(composer.tokenizer, "old road in the valley . " * 60)
+    facts, given = BUILT_IN_FACTS["bridges"](0), {"per_context": 4, "name": "set"}
+    with pytest.raises(ValueError, match=r"^limit: expected at least 8, the 4 needles of a context of each length"):
+        packed_trials(composer, {"": haystack}, facts, [200, 240], limit=7, **given)
+    found = packed_trials(composer, {"": haystack}, facts, [200, 240], limit=8, **given)
+    assert Counter(trial.requested_length for trial in found) == {200: 4, 240: 4}
+
+
 def test_packed_needles_share_a_context_and_never_answer_each_other() -> None:
     composer = Composer(build_tokenizer(max_length=1000), chat_template=False)
     haystack = Haystack.of(composer.tokenizer, "old road in the valley . " * 60)
@@ -64,6 +125,9 @@ def test_packed_needles_share_a_context_and_never_answer_each_other() -> None:
         ("400:1600:3", "3", Grid([400, 1000, 1600], [0, 50, 100])),
         ("300,200", "10,90", Grid([200, 300], [10, 90])),
         ("500:500:1", "1", Grid([500], [50])),
+        ("500", "30%", Grid([500], [30])),
+        ("500", "30,", Grid([500], [30])),
+        ("500", "90%, 2.5%", Grid([500], [2.5, 90])),
     ],
 )
 def test_lengths_and_depths_are_read(lengths: str, depths: str, expected: Grid) -> None:
@@ -76,10 +140,20 @@ def test_other_lengths_are_refused(lengths: str) -> None:
         Grid.parse(lengths, "3")
 
 
-@pytest.mark.parametrize("depths", ["", "x", "0", "-1", "10,101", "nan,1", "2.5"])
+@pytest.mark.parametrize("depths", ["", "x", "0", "-1", "10,101", "nan,1", "2.5", ",", "%", "101%", "5%%"])
 def test_other_depths_are_refused(depths: str) -> None:
     with pytest.raises(ValueError, match="depths: "):
         Grid.parse("100", depths)
+
+
+def test_more_than_a_thousand_of_either_are_refused_before_they_are_made() -> None:
+    assert len(Grid.parse("1:5000:1000", "1000").depths) == MOST
+    for depths in (str(MOST + 1), "100000000", "9" * 5000, [0.0] * (MOST + 1)):
+        with pytest.raises(ValueError, match=r"^depths: expected"):
+            Grid.of("100", depths)
+    for lengths in ("1:1000000000:100000000", list(range(1, MOST + 2)), "9" * 5000):
+        with pytest.raises(ValueError, match=r"^lengths: expected"):
+            Grid.of(lengths, 3)
 
 
 @pytest.mark.parametrize(

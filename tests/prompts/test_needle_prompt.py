@@ -191,10 +191,16 @@ def test_only_the_evidence_of_a_needle_is_scored(tokenizer):
 
 
 def test_a_foil_is_the_answer_of_another_fact_of_the_group():
-    facts = [FACT._replace(id=str(i), answer=answer) for i, answer in enumerate(["1", "1", "2"])]
+    facts = [FACT._replace(id=str(i), answer=answer, group="number") for i, answer in enumerate(["1", "1", "2"])]
     other_kind = FACT._replace(id="3", answer="Rome", group="city")
     assert [foil_of(fact, [*facts, other_kind]) for fact in (*facts, other_kind)] == ["2", "2", "1", None]
     assert foil_of(other_kind._replace(foil="Paris"), facts) == "Paris"
+
+
+def test_facts_without_a_group_give_each_other_no_foil():
+    facts = [FACT._replace(id="1", answer="1234"), FACT._replace(id="2", answer="Berlin")]
+    assert [foil_of(fact, facts) for fact in facts] == [None, None]
+    assert foil_of(facts[0]._replace(foil="4321"), facts) == "4321"
 
 
 def test_needles_that_share_a_context_share_it_to_the_token_whichever_is_asked_for(tokenizer):

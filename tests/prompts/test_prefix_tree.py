@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from locos_fast.prompts.prefix_tree import LEAST_SAVED, PrefixNode, prefix_tree
+from locos_fast.prompts.prefix_tree import LEAST_SAVED, MOST_LEVELS, PrefixNode, passes, prefix_tree
 
 HAYSTACK = list(range(100, 200))
 
@@ -43,6 +43,18 @@ def test_a_few_common_tokens_are_not_worth_a_pass() -> None:
 
 def test_a_single_sequence_is_a_leaf() -> None:
     assert prefix_tree([[1, 2, 3]], [2]) == PrefixNode(0, [0], [])
+
+
+def test_a_long_chain_of_nested_beginnings_is_no_deep_tree() -> None:
+    step, count = LEAST_SAVED, 1300
+    chain = [list(range(step * (i + 1))) for i in range(count)]
+    tree = prefix_tree(chain, [len(sequence) - 1 for sequence in chain])
+    assert sorted(tree.sequences()) == list(range(count))
+    reached = list(passes(chain, tree))
+    assert len(reached) == count
+    assert max(map(len, reached)) == MOST_LEVELS + 1  # and the sequence's own pass
+    for sequence, ends in zip(tree.sequences(), reached, strict=True):
+        assert ends == sorted(set(ends)) and ends[-1] == len(chain[sequence])
 
 
 @given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=60), min_size=1, max_size=8), st.data())

@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 
 from locos_fast.prompts.datasets import read_dataset
-from locos_fast.prompts.scan_trials import scan_trials
+from locos_fast.prompts.scan_trials import NO_FOIL, scan_trials
+from locos_fast.scans.manifest import Manifest
 from tests.oracles.needle_tokenizers import squeezed, trained
 from tests.oracles.published_data import NIAH_NEEDLES, NOLIMA_ENTRIES, prose, texts_in, write_niah, write_nolima
 from tests.oracles.tiny_tokenizers import KINDS
 
 OWN = [
-    {"needle": "Otto owns the quiet bridge.", "question": "Who owns the bridge?", "answer": "Otto"},
-    {"needle": "Mina owns the old river.", "question": "Who owns the river?", "answer": "Mina"},
+    {"needle": "Otto owns the quiet bridge.", "question": "Who owns the bridge?", "answer": "Otto", "group": "owner"},
+    {"needle": "Mina owns the old river.", "question": "Who owns the river?", "answer": "Mina", "group": "owner"},
 ]
 
 
@@ -99,6 +100,64 @@ def test_a_name_in_the_book_leaves_a_fact_out_and_says_so(tokenizer, tmp_path: P
     assert found.config["left_out"] == [spoiled.id]
     assert found.notes == ["1 of 6 facts are left out: their answers stand in the haystack"]
     assert not any(f"/{spoiled.id}/" in trial.id for trial in found.trials)
+
+
+def owned(folder: Path, *entries: dict) -> str:
+    path = folder / "mine.jsonl"
+    path.write_text("\n".join(map(json.dumps, entries)), encoding="utf-8")
+    return str(path)
+
+
+BRIDGE = {"needle": "Otto owns the quiet bridge.", "question": "Who owns the river?", "answer": "China", "group": "x"}
+
+
+def test_a_form_of_ones_own_answer_in_the_haystack_is_a_note_and_the_word_itself_a_mistake(tmp_path: Path) -> None:
+    tokenizer = trained("word-level", prose(300, 0), "China Mina")
+    hay = tmp_path / "hay.txt"
+    given = {"lengths": [220], "depths": 2, "haystack": str(hay)}
+    data = owned(tmp_path, BRIDGE, {**BRIDGE, "answer": "Mina"})
+    for word, notes in {
+        "chin": [],
+        "Chinese": ["1 of 2 facts: the haystack may give the answer away; that of mine-1 by 'Chinese'"],
+    }.items():
+        hay.write_text(f"The {word} river. {prose(300, 5)}")
+        found = scan_trials(tokenizer, data, **given)
+        assert (len(found.trials), found.notes, found.config["left_out"]) == (4, notes, [])
+    hay.write_text(f"The river of China. {prose(300, 5)}")
+    with pytest.raises(ValueError, match="haystack: it gives the answer of mine-1 away: 'China'"):
+        scan_trials(tokenizer, data, **given)
+
+
+def test_trials_that_ask_the_same_are_asked_once_and_it_is_said(folders, tmp_path: Path) -> None:
+    tokenizer = trained("word-level", prose(300, 0))
+    given = {"lengths": [220], "haystack": folders["haystack"]}
+    meeting = scan_trials(tokenizer, folders["own"], depths=[50, 50.01], limit=4, **given)
+    assert [trial.requested_depth for trial in meeting.trials] == [50, 50]
+    assert "2 of 4 trials are left out: they ask the same of the same prompt as others" in meeting.notes
+    twice = scan_trials(tokenizer, owned(tmp_path, BRIDGE, BRIDGE), depths=[10, 90], limit=4, **given)
+    assert [trial.requested_depth for trial in twice.trials] == [10, 90]
+    assert "2 of 4 trials are left out: they ask the same of the same prompt as others" in twice.notes
+    for found in (meeting, twice):
+        Manifest.of(found.config, found.trials)
+
+
+def test_a_limit_that_reaches_no_trial_of_a_length_or_depth_says_so(folders) -> None:
+    tokenizer = trained("word-level", prose(300, 0))
+    given = {"haystack": folders["haystack"], "lengths": [220, 300, 400], "depths": 2}
+    notes = scan_trials(tokenizer, folders["own"], limit=1, **given).notes
+    assert len(notes) == 2 and all(note.endswith("; raise the limit") for note in notes)
+    assert notes[0].startswith("lengths without a trial: ") and notes[1].startswith("depths without a trial: ")
+    assert scan_trials(tokenizer, folders["own"], limit=3, **given).notes == []
+
+
+def test_needles_without_a_group_have_no_foil_and_it_is_said(folders, tmp_path: Path) -> None:
+    tokenizer = trained("word-level", prose(300, 0))
+    alone = [{key: value for key, value in entry.items() if key != "group"} for entry in OWN]
+    found = scan_trials(
+        tokenizer, owned(tmp_path, *alone), lengths=[220], depths=2, haystack=folders["haystack"], limit=4
+    )
+    assert [trial.foil_ids for trial in found.trials] == [None] * 4
+    assert found.notes == [NO_FOIL]
 
 
 def test_needles_are_packed_only_into_their_own_book(tokenizer, folders) -> None:
