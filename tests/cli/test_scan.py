@@ -98,8 +98,14 @@ def test_several_needles_to_a_context_find_the_same_heads_and_are_a_mode_of_thei
     ("changes", "message"),
     [
         ({"needles_per_context": "4"}, "depths: --needles-per-context spreads the needles evenly"),
-        ({"needles_per_context": "17", "depths": None}, "only 16 of the facts can stand together, not 17"),
-        ({"needles_per_context": "30", "depths": None}, "limit: expected at least the 30 needles"),
+        (
+            {"needles_per_context": "17", "depths": None, "limit": "40"},
+            "only 16 of the facts can stand together, not 17",
+        ),
+        (
+            {"needles_per_context": "30", "depths": None},
+            "limit: expected at least 60, the 30 needles of a context of each length",
+        ),
         (
             {"dataset": "squad"},
             "dataset: expected numbers, bridges, niah, nolima, nolima-hard, planted or a .jsonl file, got 'squad'",

@@ -16,11 +16,11 @@ def write_planted_scan(folder: Path) -> None:
     """model/, literal.jsonl, bridges.jsonl and haystack.txt."""
     planted.build(**MODEL).save_pretrained(folder / "model")
     literal = [
-        {"needle": f"{place} hosts {name} .", "question": f"who {place} ANSWER", "answer": name}
+        {"needle": f"{place} hosts {name} .", "question": f"who {place} ANSWER", "answer": name, "group": "host"}
         for name, place in zip(NAMES, LANDMARKS, strict=True)
     ]
     bridges = [
-        {"needle": f"{name} visited {place} .", "question": f"where {name} ANSWER", "answer": city}
+        {"needle": f"{name} visited {place} .", "question": f"where {name} ANSWER", "answer": city, "group": "city"}
         for name, place, city in zip(NAMES, LANDMARKS, CITIES, strict=True)
     ]
     for name, facts in (("literal", literal), ("bridges", bridges)):
