@@ -199,7 +199,11 @@ class _Noted(NamedTuple):
         grown = {name: vars(layer)[name] for name in self.lengths}
         assert all(x.shape[-2] >= self.lengths[name] for name, x in grown.items()), "a continuation took tokens away"
         vars(layer).clear()
-        vars(layer).update(self.state | {name: x[..., : self.lengths[name], :] for name, x in grown.items()})
+        vars(layer).update(self.state | {name: _cut(x, self.lengths[name]) for name, x in grown.items()})
+
+
+def _cut(x: Tensor, length: int) -> Tensor:
+    return x if x.shape[-2] == length else x[..., :length, :]
 
 
 def _copied(value: Any) -> Any:
