@@ -54,23 +54,21 @@ def _or_null(value: float) -> float | None:
 
 def scan_table(scores: HeadScores, k: int) -> Table:
     """The k best heads: mean score over the trials that count, its interval, in how many trials it is known, in how
-    many of those it is active (has a tenth of the trial's largest score), and the other detectors."""
+    many of those it is active (has a tenth of the trial's largest score)."""
     assert scores.ci_low is not None and scores.ci_high is not None and scores.per_trial is not None
     unit, trials = unit_of(scores.meta["norm"]), len(scores.per_trial)
     table = Table(title=f"Top {k} heads by LOCOS score over {trials} trials ({unit})")
     active, known = active_share(scores.per_trial), known_trials(scores.per_trial)
-    for column in ("head", "S", "95 % interval", "known in", "active in", "DLA", "attention-spatial", "Wu"):
+    for column in ("head", "S", "95 % interval", "known in", "active in"):
         table.add_column(column, justify="left" if column == "head" else "right")
     for head in ranked_heads(scores, k):
         interval = f"{scores.ci_low[head]:+.4g} to {scores.ci_high[head]:+.4g}"
-        others = (f"{array[head]:+.4g}" for array in (scores.dla, scores.attention_spatial, scores.wu))
         table.add_row(
             head_name(head),
             f"{scores.score[head]:+.4g}",
             interval if math.isfinite(scores.ci_low[head]) else "too few trials",
             f"{known[head]} of {trials}",
             f"{active[head]:.0%}",
-            *others,
         )
     if not known.any():
         table.caption = NOT_SEEN
