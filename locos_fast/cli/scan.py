@@ -137,7 +137,7 @@ def scan(
         _note(note)
     with_cache = beginnings_fit(source, trials, method.reply_tokens)
     longest = max(len(t.prompt_ids) + max(len(t.answer_ids), method.reply_tokens) for t in trials)
-    network, _ = load_model(source, longest, "lengths")
+    network, _ = load_model(source, longest, "lengths", reply_tokens=method.reply_tokens)
     if with_cache is not None and not with_cache.fits:
         _note(str(with_cache))
     check_vocabulary(network, chain.from_iterable((*t.prompt_ids, *t.answer_ids) for t in trials))

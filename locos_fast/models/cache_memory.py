@@ -100,7 +100,8 @@ def without_memory(config: Any, dtype: torch.dtype | None = None) -> PreTrainedM
     # code was run already where the configuration's class is not transformers' own; never left open: it would ask
     trusted = not type(config).__module__.startswith("transformers.")
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted, dtype=dtype)
+        given = {} if dtype is None else {"dtype": dtype}  # else that of the configuration, which may be none
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted, **given)
 
 
 def _layer(fewer: Any, more: Any) -> CachedLayer:

@@ -52,14 +52,13 @@ def _node(
     group: list[int], sequences: Sequence[Sequence[int]], reusable: Sequence[int], *, done: int, levels: int
 ) -> PrefixNode:
     """The node of a sorted group whose first `done` tokens agree and are there already; levels: with its own."""
-    end = _common(group, sequences, reusable)
-    if (len(group) - 1) * (end - done) < LEAST_SAVED:
-        end = done
+    common = _common(group, sequences, reusable)
+    end = common if (len(group) - 1) * (common - done) >= LEAST_SAVED else done
     leaves: list[int] = []
     children: list[PrefixNode] = []
-    going_on = [i for i in group if reusable[i] > end]
-    leaves += [i for i in group if reusable[i] <= end]
-    for _, members in groupby(going_on, key=lambda i: sequences[i][end]):
+    going_on = [i for i in group if reusable[i] > common]
+    leaves += [i for i in group if reusable[i] <= common]
+    for _, members in groupby(going_on, key=lambda i: sequences[i][common]):
         below = list(members)
         shared = _common(below, sequences, reusable)
         if levels == 1 or (len(below) - 1) * (shared - end) < LEAST_SAVED:

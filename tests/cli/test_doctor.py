@@ -13,7 +13,7 @@ from transformers import FalconConfig, FalconForCausalLM, MambaConfig, MambaForC
 
 from locos_fast.models.architecture import UnsupportedModelError
 from locos_fast.scoring import diagnosis
-from locos_fast.scoring import score as scoring
+from locos_fast.scoring import targets as scoring
 from locos_fast.scoring.diagnosis import diagnose, random_prompt, verdict, verdict_of
 from locos_fast.scoring.head_scores import HeadScores
 from locos_fast.scoring.logit_units import Attribution, attribute_heads

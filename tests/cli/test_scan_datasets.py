@@ -77,7 +77,7 @@ def test_another_question_type_is_another_scan(capsys, monkeypatch, folder, tmp_
     command = scan_command(folder, tmp_path / "x", dataset=f"nolima:{folder / 'nolima'}", haystack=None, limit="6")
     assert run(capsys, monkeypatch, command)[0] == 0
     code, _, err = run(capsys, monkeypatch, [*command, "--resume", "--characters=3"])
-    assert code == 2 and "another configuration: characters was 1, is 3" in err and err.count("\n") == 1
+    assert code == 2 and "characters was 1, is 3" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

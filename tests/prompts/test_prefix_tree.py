@@ -73,3 +73,11 @@ def test_the_walk_meets_every_sequence_once_behind_its_own_beginning(sequences: 
 
     check(tree, 0)
     assert computed(tree, sequences) <= sum(map(len, sequences))
+
+
+def test_contexts_that_share_their_first_token_only_share_what_each_of_them_begins_with():
+    """As prompts without a chat template do, which all begin with the same special token."""
+    sequences = [[0, context, *[7] * 30, question] for context in (1, 2) for question in (3, 4, 5)]
+    tree = prefix_tree(sequences, [32] * 6)
+    assert (tree.end, tree.leaves) == (0, [])
+    assert [(child.end, sorted(child.leaves)) for child in tree.children] == [(32, [0, 1, 2]), (32, [3, 4, 5])]
