@@ -44,6 +44,8 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("family", LAYOUTS)
 def test_layouts(family: str) -> None:
+    if family not in FAMILIES and not further_families.known({family: {}}):
+        pytest.skip("this release of transformers has it not, or not on the attention interface")
     name, width, first, size = LAYOUTS[family]
     model = of_any_kind(family)
     for layer in attention_layers(model):
