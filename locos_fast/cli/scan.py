@@ -57,7 +57,7 @@ def scan(
         typer.Option(help="essays, a UTF-8 text file, or a folder of .txt files; essays, or the data set's own."),
     ] = None,
     depths: Annotated[
-        str | None, typer.Option(help="How many depths from 0 to 100 %, or percentages: 10,50,90; 5 of them.")
+        str | None, typer.Option(help="How many depths from 0 to 100 %, or percentages: 10,50,90 or 50%; 5 of them.")
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Trials at most, spread evenly over lengths and depths.")] = 96,
     needles_per_context: Annotated[
