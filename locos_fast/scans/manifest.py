@@ -17,16 +17,15 @@ SCHEMA_VERSION = 1
 # Of a configuration, what the scores of a trial depend on besides its tokens, and which trials count. `contexts` and
 # `needles_per_context` are modes that are never mixed. All else describes: device, versions, paths, data set, grid.
 SCORING = (
-    *("protocol", "gate", "norm", "max_new_tokens", "max_thinking_tokens", "tuned_lens", "tuned_lens_sha256", "cri"),
+    *("protocol", "gate", "norm", "max_new_tokens", "max_thinking_tokens", "tuned_lens_sha256", "cri"),
     *("weights", "architecture", "dtype", "attn_implementation", "contexts", "needles_per_context"),
 )
 EARLIER = "earlier"  # in a configuration: what was described otherwise when other trials of the scan were run
 
 
 def scoring_identity(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a configuration scores depend on: a tuned lens counts by its content where that is known."""
-    path = {"tuned_lens"} if "tuned_lens_sha256" in config else set()
-    return {name: config[name] for name in SCORING if name in config and name not in path}
+    """What of a configuration scores depend on."""
+    return {name: config[name] for name in SCORING if name in config}
 
 
 def trial_key(trial: Trial, config: dict[str, Any]) -> str:
