@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -17,7 +18,7 @@ from locos_fast.models.attention_registry import RecordingError
 from locos_fast.models.foreign_errors import is_out_of_memory
 from locos_fast.models.generation import StopRules, generate_greedily
 from locos_fast.models.prefix_cache import PrefixCache
-from locos_fast.models.token_chunks import TOKENS_PER_CHUNK
+from locos_fast.models.token_chunks import TOKENS_PER_CHUNK, token_chunks
 from locos_fast.prompts.trials import Trial
 from locos_fast.scans.store import Arrays, Status
 from locos_fast.scoring.answer_steps import find_answer_steps
@@ -26,7 +27,7 @@ from locos_fast.scoring.detectors import CRI
 from locos_fast.scoring.diagnosis import doubt, verdict_of
 from locos_fast.scoring.directions import Norm, check_norm
 from locos_fast.scoring.head_scores import HeadScores, check_count
-from locos_fast.scoring.prompt_parts import PromptParts
+from locos_fast.scoring.prompt_parts import PromptParts, first_row
 from locos_fast.scoring.rouge_gate import passes, rouge_1_recall
 from locos_fast.scoring.score import score_prompts
 from locos_fast.scoring.tuned_lens import TunedLens
@@ -161,7 +162,30 @@ class Attempts:
         return outcomes
 
     def _generate(self, trials: Sequence[Trial], prefix: PrefixCache | None, token_chunk: int | None) -> list[Outcome]:
-        return [self._generate_one(trial, prefix, token_chunk) for trial in trials]
+        outcomes = []
+        for trial in trials:
+            with self._behind_prompt(trial, prefix, token_chunk) as own:
+                outcomes.append(self._generate_one(trial, own, token_chunk))
+        return outcomes
+
+    @contextlib.contextmanager
+    def _behind_prompt(
+        self, trial: Trial, prefix: PrefixCache | None, token_chunk: int | None
+    ) -> Iterator[PrefixCache | None]:
+        """The prompt up to the first row that is read, computed once for the reply and for its scores; what it was is
+        put back. None for a model that takes no cache."""
+        try:
+            own = PrefixCache(self.model) if prefix is None else prefix
+        except UnsupportedModelError:
+            yield None
+            return
+        with own.branch():
+            missing = trial.prompt_ids[own.tokens : first_row(trial, "all")]
+            if missing:
+                device = self.model.get_input_embeddings().weight.device
+                with token_chunks(self.model, token_chunk):
+                    own.extend(torch.tensor([missing], device=device))
+            yield own if own.tokens else None
 
     def _generate_one(self, trial: Trial, prefix: PrefixCache | None, token_chunk: int | None) -> Outcome:
         """The reply is scored as if it had been given, behind the same beginning: one more forward pass over what

@@ -174,3 +174,15 @@ def test_prompts_that_cannot_share_a_beginning_are_said_to(tokenizer, tmp_path: 
     monkeypatch.setattr("locos_fast.scans.run.cannot_share", lambda _: "LlamaForCausalLM takes no cache")
     scan(model, tokenizer, trials, tmp_path, notice=said.append)
     assert said == ["LlamaForCausalLM takes no cache; each trial is run on its own"]
+
+
+def test_the_prompt_is_computed_once_for_the_reply_and_its_scores(tokenizer) -> None:
+    model = build("llama", dtype=torch.float32)
+    trial, attempts = trial_of(model, tokenizer, 0), Attempts(model, tokenizer, GENERATE)
+    attempts.attempt([trial], None)  # what is shown of a model once
+    fed: list[int] = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: fed.append(args[0].shape[1]))
+    attempts.attempt([trial], None)
+    hook.remove()
+    prompt = len(trial.prompt_ids)
+    assert sum(fed) < prompt + 2 * (prompt - trial.question_span[0] + 8 + REPLY)
