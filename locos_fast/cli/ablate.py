@@ -85,9 +85,10 @@ def ablate(
     from locos_fast.models.loading import ModelSource
     from locos_fast.models.weightless import weightless
     from locos_fast.report import ablation_curves
-    from locos_fast.scans.sweep import plan, sweep
+    from locos_fast.scans.sweep import check_free, plan, sweep
     from locos_fast.scoring.result_folder import check_writable
 
+    check_free(out, resume=resume)
     check_writable(out)
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")

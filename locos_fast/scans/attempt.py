@@ -88,6 +88,9 @@ class Method:
         return {"protocol": self.protocol, "gate": self.gate, "norm": self.norm} | of_protocol | further
 
 
+TEACHER = Method()
+
+
 class Outcome(NamedTuple):
     """How one trial ended: its status, what its line says, and its scores if it counts."""
 

@@ -14,7 +14,7 @@ from locos_fast.models.foreign_errors import is_out_of_memory
 from locos_fast.prompts.prefix_tree import PrefixNode
 from locos_fast.prompts.scan_trials import ScanTrials
 from locos_fast.prompts.trials import Trial
-from locos_fast.scans.attempt import Attempts, Method, Outcome, free_memory
+from locos_fast.scans.attempt import TEACHER, Attempts, Method, Outcome, free_memory
 from locos_fast.scans.manifest import Manifest, Shard
 from locos_fast.scans.result import NothingCountsError, Scan, conclude
 from locos_fast.scans.store import DONE, Arrays, ScanFolder, Status
@@ -43,7 +43,7 @@ def scan(
     trials: Sequence[Trial] | ScanTrials,
     out: str | Path,
     *,
-    method: Method = Method(),  # noqa: B008
+    method: Method = TEACHER,
     config: dict[str, Any] | None = None,
     shard: Shard | None = None,
     resume: bool = False,
@@ -61,8 +61,9 @@ def scan(
     progress is called after every trial, notice with a sentence about what was repaired.
 
     What several prompts begin with is computed once, or, where share_prefixes is False because its cache takes too much
-    memory, each trial on its own: the same up to rounding. Else the scores of a trial do not depend on which others are
-    run, or on how often a scan was interrupted, to the bit.
+    memory, each trial on its own: the same up to rounding. A scan that is continued does as it did before. So the
+    scores of a trial do not depend on which others are run, or on how often a scan was interrupted, to the bit, unless
+    memory gives out on the way.
     Raises ValueError if there is no trial, if none passes the gate, or if the folder's scan is another one,
     FileExistsError if it holds one and `resume` is False or another process works on it, UnsupportedModelError for
     models that cannot be scored. On KeyboardInterrupt what is done is written before it is raised again.
@@ -71,20 +72,21 @@ def scan(
         composed = trials
         trials, config = composed.trials, composed.config | (config or {})
     folder = ScanFolder(Path(out))
-    manifest = Manifest.of(
-        {**method.as_config(), **describe_model(model), **model_identity(model), **(config or {})}, trials
-    )
+    what = {**method.as_config(), **describe_model(model), **model_identity(model), **(config or {})}
     attempts = Attempts(model, tokenizer, method)
     with folder.locked():
+        before = folder.share_prefixes() if resume else None
+        share = share_prefixes if before is None else before
+        manifest = Manifest.of(what, trials, share_prefixes=share)
         if repaired := folder.begin(manifest.as_dict(), resume=resume):
             notice(repaired)
         tree = trial_tree(trials, "all")
         mine = (shard or Shard(0, 1)).slice_of(list(tree.sequences()))
         writer = Writer(folder, manifest, mine, progress)
         skip = writer.not_to_run()
-        if share_prefixes and (reason := cannot_share(model)):
+        if share and (reason := cannot_share(model)):
             notice(f"{reason}; each trial is run on its own")
-        walk = _walk(model, trials, tree, method.token_chunk, skip, notice) if share_prefixes else _alone(tree, skip)
+        walk = _walk(model, trials, tree, method.token_chunk, skip, notice) if share else _alone(tree, skip)
         try:
             for numbers, prefix in walk:
                 outcomes = attempts.attempt([trials[number] for number in numbers], prefix)

@@ -65,13 +65,13 @@ class ScanFolder:
         """
         self.check_free(resume=resume)
         if not self.manifest_file.exists():
-            _write_atomically(self.manifest_file, manifest)
+            write_atomically(self.manifest_file, manifest)
             return None
         before = self.read_manifest()
         now = continued(before, json.loads(json.dumps(manifest)), self.path)
         repaired = self.repair()
         if now != before:
-            _write_atomically(self.manifest_file, now)
+            write_atomically(self.manifest_file, now)
         return "; ".join(filter(None, [repaired, self.what_is_unreadable()])) or None
 
     def check_free(self, *, resume: bool) -> None:
@@ -209,7 +209,8 @@ def _where(arrays: Arrays | None, file: Path) -> dict[str, Any]:
     return {} if arrays is None else {"arrays": file.name, "names": list(arrays)}
 
 
-def _write_atomically(path: Path, content: dict[str, Any]) -> None:
+def write_atomically(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON so that a reader finds all of it or what was there before."""
     scratch = path.with_suffix(".writing")
     scratch.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(scratch, path)

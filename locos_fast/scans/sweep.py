@@ -20,16 +20,17 @@ from locos_fast.causal.controls import draws
 from locos_fast.causal.head_sets import Ranking
 from locos_fast.causal.model_shape import ModelShape
 from locos_fast.causal.permutation import AgainstNull, against_null
-from locos_fast.models.description import describe_model
+from locos_fast.models.description import describe_model, model_identity
 from locos_fast.prompts.scan_trials import ScanTrials
 from locos_fast.prompts.trials import Trial
 from locos_fast.scans.manifest import difference
-from locos_fast.scans.store import ScanFolder
+from locos_fast.scans.store import ScanFolder, write_atomically
 
 SCHEMA_VERSION = 1
 PLAN, LINES, RESULT = "sweep.json", "points.jsonl", "ablation.json"
 INTACT, BOTTOM, GIVEN = "intact", "bottom", "given"
 CONTROLS = ("layer-matched", "random")
+DECIDING = ("mode", "calibration_sha256", "weights", "architecture", "dtype", "attn_implementation")
 METRICS = ("accuracy", "log_probability")
 
 
@@ -153,7 +154,8 @@ def sweep(
     if mode in CALIBRATED and not calibration:
         raise ValueError(f"calibration: expected trials for mode {mode!r}, got none")
     folder = _Folder(Path(out))
-    what = {"mode": mode, "calibration_sha256": _digest(calibration), **describe_model(model), **(config or {})}
+    deciding = {"mode": mode, "calibration_sha256": _digest(calibration)}
+    what = {**deciding, **describe_model(model), **model_identity(model), **(config or {})}
     with ScanFolder(folder.path).locked():
         folder.begin(what, trials, points, resume=resume)
         done = folder.lines()
@@ -172,7 +174,7 @@ def sweep(
             folder.append(point.key, answers)
             progress(Progress(number, total))
         found = _conclude(list(points), len(trials), folder.lines())
-        folder.write(RESULT, {**found.as_dict(), "config": what})
+        write_atomically(folder.path / RESULT, {**found.as_dict(), "config": what})
     return found
 
 
@@ -187,6 +189,20 @@ def _conclude(points: list[Point], trials: int, lines: dict[str, dict[str, Any]]
         [float(np.mean(lines[point.key]["right"])) for point in points],
         [float(np.mean(lines[point.key]["log_probability"])) for point in points],
     )
+
+
+def check_free(path: Path, *, resume: bool) -> None:
+    """Raises FileExistsError if the folder holds a sweep and `resume` is False, or something else."""
+    if (path / PLAN).exists():
+        if not resume:
+            raise FileExistsError(f"{path} already holds a sweep; --resume continues it, or choose another folder")
+    elif any(path.glob("*.json*")):
+        raise FileExistsError(f"{path} holds something else; choose another folder")
+
+
+def _deciding(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a configuration the answers depend on besides trials and heads; all else describes."""
+    return {name: config.get(name) for name in DECIDING}
 
 
 def _digest(trials: Sequence[Trial]) -> str:
@@ -209,18 +225,26 @@ class _Folder:
             "points": [point._asdict() for point in points],
         }
         plan = json.loads(json.dumps(plan))  # as it is read again
+        check_free(self.path, resume=resume)
         if not (self.path / PLAN).exists():
-            if any(self.path.glob("*.json*")):
-                raise FileExistsError(f"{self.path} holds something else; choose another folder")
-            self.write(PLAN, plan)
+            write_atomically(self.path / PLAN, plan)
             return
-        if not resume:
-            raise FileExistsError(f"{self.path} already holds a sweep; --resume continues it, or choose another folder")
-        before = json.loads((self.path / PLAN).read_text(encoding="utf-8"))
-        if changed := difference(before.get("config", {}), plan["config"]):
+        before = self._plan()
+        if changed := difference(*(_deciding(found["config"]) for found in (before, plan))):
             raise ValueError(f"{self.path} holds a sweep with another configuration: {changed}")
-        if before != plan:
+        if any(before[name] != plan[name] for name in ("trials_sha256", "points")):
             raise ValueError(f"{self.path} holds a sweep of other trials or other sets of heads")
+
+    def _plan(self) -> dict[str, Any]:
+        """Raises ValueError if it is none that this version reads."""
+        try:
+            found = json.loads((self.path / PLAN).read_text(encoding="utf-8"))
+            if found["schema_version"] == SCHEMA_VERSION and isinstance(found["config"], dict) and found["points"]:
+                return {**found, "trials_sha256": found["trials_sha256"]}
+            reason = f"schema version {found['schema_version']}"
+        except (ValueError, KeyError, TypeError) as error:
+            reason = str(error)
+        raise ValueError(f"{self.path / PLAN}: no plan of a sweep that can be read ({reason})")
 
     def lines(self) -> dict[str, dict[str, Any]]:
         """Key -> answers; a half-written last line is cut off."""
@@ -242,8 +266,3 @@ class _Folder:
             out.write(json.dumps(entry, allow_nan=False) + "\n")
             out.flush()
             os.fsync(out.fileno())
-
-    def write(self, name: str, content: dict[str, Any]) -> None:
-        scratch = (self.path / name).with_suffix(".writing")
-        scratch.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(scratch, self.path / name)

@@ -101,3 +101,12 @@ def test_interrupted_it_exits_with_130(capsys, monkeypatch, folder, tmp_path) ->
 def test_bad_input_is_one_line(capsys, monkeypatch, folder, tmp_path, changes: dict[str, str], message: str) -> None:
     code, out, err = run(capsys, monkeypatch, *command(folder, tmp_path / "x", **changes))
     assert (code, out) == (2, "") and message in err and err.count("\n") == 1, err
+
+
+def test_a_folder_that_holds_a_sweep_is_refused_before_the_model_is_loaded(
+    capsys, monkeypatch, folder, tmp_path
+) -> None:
+    assert run(capsys, monkeypatch, *command(folder, tmp_path / "x"))[0] == 0
+    given = command(folder, tmp_path / "x", model="./nowhere")
+    code, _, err = run(capsys, monkeypatch, *given)
+    assert code == 2 and "already holds a sweep; --resume continues it" in err and err.count("\n") == 1

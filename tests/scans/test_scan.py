@@ -261,3 +261,14 @@ def test_old_score_folders_without_intervals_are_readable(model, trials, tmp_pat
     assert set(load_file(tmp_path / "scores.safetensors")) == set(ARRAYS)
     assert HeadScores.from_pretrained(tmp_path).ci_low is None
     assert np.isfinite(HeadScores.from_pretrained(tmp_path).score).all()
+
+
+def test_a_scan_that_is_continued_shares_as_it_did_before(model, trials, tmp_path: Path) -> None:
+    """Whether the caches fit is asked anew at each start; what it shares must not depend on it."""
+    shared = [*trials, *make_trials(LENGTH, "non_literal", 8)]  # every two share what stands before the needle
+    scan(model.model, model.tokenizer, shared, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        scan(model.model, model.tokenizer, shared, tmp_path / "x", progress=stop_after(5))
+    scan(model.model, model.tokenizer, shared, tmp_path / "x", resume=True, share_prefixes=False)
+    assert bytes_of(tmp_path / "x") == bytes_of(tmp_path / "whole")
+    assert max(line["prefix_tokens"] for line in ScanFolder(tmp_path / "x").lines().values()) > 16

@@ -122,12 +122,31 @@ def test_a_sweep_resumes_its_own_configuration_trials_and_heads_only(model, tmp_
     sweep(model.model, trials, points, tmp_path)
     with pytest.raises(FileExistsError, match="already holds a sweep; --resume"):
         sweep(model.model, trials, points, tmp_path)
-    with pytest.raises(ValueError, match="seed was null, is 3"):
-        sweep(model.model, trials, points, tmp_path, config={"seed": 3}, resume=True)
+    others = make_trials(50, "literal", 4)[2:]
+    with pytest.raises(ValueError, match='mode was "output-zero", is "output-mean"'):
+        sweep(model.model, trials, points, tmp_path, mode="output-mean", calibration=others, resume=True)
     with pytest.raises(ValueError, match="other trials or other sets of heads"):
         sweep(model.model, trials[:1], points, tmp_path, resume=True)
     with pytest.raises(ValueError, match="other trials or other sets of heads"):
         sweep(model.model, trials, points[:2], tmp_path, resume=True)
+
+
+def test_other_weights_are_another_sweep_and_another_device_or_path_is_not(model, tmp_path: Path) -> None:
+    trials, points, other = make_trials(60, "literal", 2), points_of(model), planted.build(seed=1)
+    before = sweep(model.model, trials, points, tmp_path, config={"heads": "here", "device": "cuda:1"})
+    assert sweep(model.model, trials, points, tmp_path, config={"heads": "there"}, resume=True) == before
+    with pytest.raises(ValueError, match="weights was "):
+        sweep(other.model, trials, points, tmp_path, resume=True)
+
+
+def test_a_folder_of_something_else_is_left_alone(model, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="holds something else"):
+        sweep(model.model, make_trials(60, "literal", 1), points_of(model), tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "sweep.json").write_text('{"schema_version": 1}')
+    with pytest.raises(ValueError, match=r"sweep\.json: no plan of a sweep that can be read"):
+        sweep(model.model, make_trials(60, "literal", 1), points_of(model), tmp_path, resume=True)
 
 
 def test_a_model_that_answers_nothing_cannot_lose_anything(model, tmp_path: Path) -> None:
@@ -153,7 +172,7 @@ def test_the_result_is_json(model, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_takes_recall_away(model, mode: str, tmp_path: Path) -> None:
-    """But for the published ones: with a query of zero or its mean a head still writes the mean of all values."""
+    """Also the published ones, in which the head goes on writing the mean of all values."""
     trials, others = make_trials(60, "literal", 3), make_trials(50, "literal", 5)[3:]
     points = [Point("given", 3, 0, model.heads["literal"])]
     found = sweep(model.model, trials, points, tmp_path, mode=mode, calibration=others)
