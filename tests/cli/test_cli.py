@@ -11,9 +11,9 @@ import sys
 import pytest
 from transformers import AutoConfig, FalconConfig, FalconForCausalLM, MambaConfig, MambaForCausalLM
 
-from locos_fast.cli import app as cli
 from locos_fast.planted.model import build
 from locos_fast.scoring.head_scores import HeadScores
+from tests.oracles.entry_point import run
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +42,6 @@ def arguments(planted, **changes: str | None) -> list[str]:
         "device": "cpu",
     } | changes
     return ["score", *(f"--{k.replace('_', '-')}={v}" for k, v in options.items() if v is not None)]
-
-
-def run(capsys, monkeypatch, command: list[str]) -> tuple[int, str, str]:
-    """Run the entry point in this process; returns exit code, stdout, stderr."""
-    monkeypatch.setattr(sys, "argv", ["locos-fast", *command])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
 
 
 def test_score_finds_the_planted_heads_in_json(capsys, monkeypatch, planted):

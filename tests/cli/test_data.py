@@ -10,18 +10,9 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from locos_fast.cli import app as cli
 from locos_fast.prompts.datasets import published
+from tests.oracles.entry_point import run
 from tests.oracles.published_data import write_nolima
-
-
-def run(capsys, monkeypatch, *command: str) -> tuple[int, str, str]:
-    """Run the entry point in this process; returns exit code, stdout, stderr."""
-    monkeypatch.setattr(sys, "argv", ["locos-fast", "data", *command])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
 
 
 @pytest.fixture
@@ -38,7 +29,7 @@ def hub(monkeypatch):
 
 
 def test_nolima_is_downloaded_and_its_licence_said(capsys, monkeypatch, hub, tmp_path) -> None:
-    code, out, err = run(capsys, monkeypatch, "get", "nolima", "--out", str(tmp_path / "x"))
+    code, out, err = run(capsys, monkeypatch, ["data", "get", "nolima", "--out", str(tmp_path / "x")])
     assert (code, err) == (0, "")
     ((repository, kind, folder, patterns),) = hub
     assert (repository, kind, folder) == ("amodaresi/NoLiMa", "dataset", tmp_path / "x")
@@ -49,13 +40,13 @@ def test_nolima_is_downloaded_and_its_licence_said(capsys, monkeypatch, hub, tmp
 
 def test_without_a_folder_it_goes_where_scan_looks(capsys, monkeypatch, hub, tmp_path) -> None:
     monkeypatch.setattr(published.platformdirs, "user_cache_path", lambda name: tmp_path / name)
-    code, out, _ = run(capsys, monkeypatch, "get", "nolima")
+    code, out, _ = run(capsys, monkeypatch, ["data", "get", "nolima"])
     assert code == 0 and hub[0][2] == tmp_path / "locos_fast/datasets/nolima" == published.NOLIMA.folder
     assert "`locos-fast scan --dataset nolima ...`" in out
 
 
 def test_niah_says_what_to_put_where_and_that_it_has_no_licence(capsys, monkeypatch, hub, tmp_path) -> None:
-    code, out, err = run(capsys, monkeypatch, "get", "niah", "--out", str(tmp_path / "x"))
+    code, out, err = run(capsys, monkeypatch, ["data", "get", "niah", "--out", str(tmp_path / "x")])
     assert code == 2 and not hub and "no licence file" in out
     assert "github.com/nightdessert/Retrieval_Head" in err and "needles.jsonl" in err and str(tmp_path / "x") in err
     assert err.count("\n") == 1
@@ -66,11 +57,11 @@ def test_a_download_that_fails_or_is_incomplete_says_what_to_do_by_hand(capsys, 
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
-    code, _, err = run(capsys, monkeypatch, "get", "nolima", "--out", str(tmp_path / "x"))
+    code, _, err = run(capsys, monkeypatch, ["data", "get", "nolima", "--out", str(tmp_path / "x")])
     assert code == 2 and err.count("\n") == 1
     assert "cannot download amodaresi/NoLiMa; by hand: from https://huggingface.co" in err and "(no route)" in err
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: (tmp_path / "x").mkdir())
-    code, _, err = run(capsys, monkeypatch, "get", "nolima", "--out", str(tmp_path / "x"))
+    code, _, err = run(capsys, monkeypatch, ["data", "get", "nolima", "--out", str(tmp_path / "x")])
     assert code == 2 and "came without needlesets/needle_set.json; by hand" in err and err.count("\n") == 1
 
 
@@ -102,5 +93,5 @@ def test_offline_it_is_one_line(tmp_path, what: str) -> None:
     ],
 )
 def test_bad_input_is_one_line(capsys, monkeypatch, hub, command: tuple[str, ...], message: str) -> None:
-    code, out, err = run(capsys, monkeypatch, *command)
+    code, out, err = run(capsys, monkeypatch, ["data", *command])
     assert (code, out) == (2, "") and message in err and err.count("\n") == 1, err

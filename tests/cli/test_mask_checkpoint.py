@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from locos_fast.scoring.head_scores import ARRAYS, HeadScores
-from tests.cli.test_cli import run
+from tests.oracles.entry_point import run
 from tests.oracles.tiny_models import build
 
 SCORE = np.arange(12.0).reshape(3, 4)

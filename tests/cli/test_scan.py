@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from locos_fast import HeadScores, planted
-from locos_fast.cli import app as cli
 from locos_fast.scans import attempt
+from tests.oracles.entry_point import run
 from tests.oracles.planted_scan import MODEL, scan_command, write_planted_scan
 
 
@@ -19,15 +18,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("planted")
     write_planted_scan(path)
     return path
-
-
-def run(capsys, monkeypatch, command: list[str]) -> tuple[int, str, str]:
-    """Run the entry point in this process; returns exit code, stdout, stderr."""
-    monkeypatch.setattr(sys, "argv", ["locos-fast", *command])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
 
 
 @pytest.mark.parametrize(("dataset", "role"), [("literal", "literal"), ("bridges", "non_literal")])

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from locos_fast import HeadScores, planted
-from locos_fast.cli import app as cli
+from tests.oracles.entry_point import run
 from tests.oracles.planted_scan import MODEL, scan_command, write_planted_scan
 from tests.oracles.published_data import write_niah, write_nolima
 
@@ -33,14 +32,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     needle = {"needle": "Louvre hosts Leo .", "question": "who Louvre ANSWER", "real_needle": "Leo"}
     write_niah(path / "niah", [needle])
     return path
-
-
-def run(capsys, monkeypatch, command: list[str]) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["locos-fast", *command])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
 
 
 def test_the_planted_model_is_scanned_without_any_file(capsys, monkeypatch, folder, tmp_path) -> None:

@@ -15,7 +15,8 @@ from locos_fast.models.loading import ModelSource
 from locos_fast.scoring import shared_prefixes
 from locos_fast.scoring.prompt_parts import first_row
 from locos_fast.scoring.shared_prefixes import behind_shared_prefixes, trial_tree
-from tests.cli.test_scan import folder, run  # noqa: F401  (folder is a fixture)
+from tests.cli.test_scan import folder  # noqa: F401  (a fixture)
+from tests.oracles.entry_point import run
 from tests.oracles.planted_scan import MODEL, scan_command
 
 

@@ -8,29 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from locos_fast import planted
 from locos_fast.scans import store
 from locos_fast.scans.merge import merge
 from locos_fast.scans.run import scan
 from locos_fast.scans.store import ScanFolder
-from tests.oracles.planted_trials import make_trials
-from tests.oracles.threads import one_thread
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def model():
-    return planted.build(layers=4)
-
-
-@pytest.fixture
-def trials():
-    return make_trials(80, "literal", 8)
 
 
 def missing(folder: Path) -> None:

@@ -20,25 +20,8 @@ from locos_fast.scans.run import scan
 from locos_fast.scans.store import ScanFolder
 from locos_fast.scoring.tuned_lens import TunedLens
 from tests.oracles.planted_trials import make_trials
-from tests.oracles.threads import one_thread
 
 LENS = TunedLens({0: (torch.eye(4), torch.zeros(4))})
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def model():
-    return planted.build(layers=4)
-
-
-@pytest.fixture
-def trials():
-    return make_trials(80, "literal", 8)
 
 
 def scores_of(folder: Path) -> bytes:

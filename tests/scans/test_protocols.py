@@ -20,17 +20,10 @@ from locos_fast.scans.store import ScanFolder
 from locos_fast.scoring.tuned_lens import TunedLens
 from tests.oracles.architecture_models import build
 from tests.oracles.scores import assert_same
-from tests.oracles.threads import one_thread
 from tests.oracles.tiny_models import VOCABULARY, tokens
 
 FAMILIES = ("llama", "mistral", "gemma3", "gemma4")  # full attention, a window, both, and layers that share keys
 REPLY = 4
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -22,25 +22,7 @@ from locos_fast.scans.store import ScanFolder
 from locos_fast.scoring.head_scores import ARRAYS
 from tests.oracles.planted_trials import make_trials
 from tests.oracles.scores import assert_same
-from tests.oracles.threads import one_thread
-
-LENGTH = 80
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def model():
-    return planted.build(layers=4)
-
-
-@pytest.fixture
-def trials():
-    return make_trials(LENGTH, "literal", 8)
+from tests.scans.conftest import LENGTH
 
 
 def bytes_of(folder: Path) -> bytes:

@@ -16,18 +16,6 @@ from locos_fast.scans.run import scan
 from locos_fast.scans.store import ScanFolder
 from locos_fast.scoring.tuned_lens import TunedLens
 from tests.oracles.planted_trials import make_trials
-from tests.oracles.threads import one_thread
-
-
-@pytest.fixture(scope="module")
-def model() -> planted.PlantedModel:
-    return planted.build(layers=4)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
 
 
 def lens_of(model: planted.PlantedModel, size: float) -> TunedLens:

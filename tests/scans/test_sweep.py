@@ -27,12 +27,6 @@ def model() -> planted.PlantedModel:
     return planted.build()
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
-
-
 @pytest.fixture(scope="module", params=["literal", "non_literal"])
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param

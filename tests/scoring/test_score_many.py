@@ -11,17 +11,12 @@ from locos_fast.scoring import shared_prefixes
 from locos_fast.scoring.shared_prefixes import behind_shared_prefixes, trial_tree
 from tests.oracles import tiny_models
 from tests.oracles.architecture_models import build
-from tests.oracles.scores import assert_same
+from tests.oracles.scores import NumberNames, assert_same
 from tests.oracles.threads import one_thread
 from tests.oracles.tiny_models import VOCABULARY, tokens
 
 HAYSTACK = tokens(60).tolist()
 NINE = ("llama", "mistral", "qwen3", "gemma2", "gemma3", "gemma4", "llama4", "gpt_oss", "qwen3_next")
-
-
-class Names:
-    def decode(self, token_ids: list[int], **_: object) -> str:
-        return str(token_ids[0])
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +52,7 @@ def grid() -> list[Trial]:
 
 @pytest.mark.parametrize("family", NINE)
 def test_scores_are_those_of_each_trial_alone(family: str) -> None:
-    scorer, trials = LocosScorer(build(family, dtype=torch.float32), Names()), grid()
+    scorer, trials = LocosScorer(build(family, dtype=torch.float32), NumberNames()), grid()
     found = scorer.score_many(trials, norm="frozen")
     assert [scores.meta["trial"] for scores in found] == [trial.id for trial in trials]
     for scores, trial in zip(found, trials, strict=True):
@@ -66,7 +61,7 @@ def test_scores_are_those_of_each_trial_alone(family: str) -> None:
 
 @pytest.mark.parametrize("family", NINE)
 def test_further_detectors_are_those_of_each_trial_alone(family: str) -> None:
-    scorer, trials = LocosScorer(build(family, dtype=torch.float32), Names()), grid()
+    scorer, trials = LocosScorer(build(family, dtype=torch.float32), NumberNames()), grid()
     found = scorer.score_many(trials, detectors="all")
     assert sum(scores.meta["prefix_tokens"] > 0 for scores in found) >= 4
     for scores, trial in zip(found, trials, strict=True):
@@ -79,14 +74,14 @@ def test_a_shared_beginning_is_computed_once() -> None:
     PrefixCache(model)  # which is shown once that the model continues from it
     fed: list[int] = []
     model.get_input_embeddings().register_forward_pre_hook(lambda _, args: fed.append(args[0].shape[1]))
-    LocosScorer(model, Names()).score_many(trials)
+    LocosScorer(model, NumberNames()).score_many(trials)
     alone = sum(len(trial.prompt_ids) + 1 for trial in trials)  # the last answer token is not fed
     assert sum(fed) < 0.6 * alone
 
 
 def test_every_trial_is_handed_over_when_it_is_done() -> None:
     trials, seen = grid(), {}
-    scores = LocosScorer(build("llama", dtype=torch.float32), Names()).score_many(trials, done=seen.__setitem__)
+    scores = LocosScorer(build("llama", dtype=torch.float32), NumberNames()).score_many(trials, done=seen.__setitem__)
     assert sorted(seen) == list(range(len(trials)))
     assert all(seen[i] is scores[i] for i in seen)
 
@@ -96,16 +91,16 @@ def test_a_model_without_a_cache_is_run_whole(monkeypatch: pytest.MonkeyPatch) -
         raise UnsupportedModelError("takes no cache")
 
     monkeypatch.setattr(shared_prefixes, "PrefixCache", refuse)
-    found = LocosScorer(build("llama", dtype=torch.float32), Names()).score_many(grid())
+    found = LocosScorer(build("llama", dtype=torch.float32), NumberNames()).score_many(grid())
     assert {scores.meta["prefix_tokens"] for scores in found} == {0}
 
 
 def test_no_trials_have_no_scores() -> None:
-    assert LocosScorer(build("llama", dtype=torch.float32), Names()).score_many([]) == []
+    assert LocosScorer(build("llama", dtype=torch.float32), NumberNames()).score_many([]) == []
 
 
 def test_what_is_done_is_skipped_and_the_rest_keeps_its_bits() -> None:
-    scorer, trials = LocosScorer(build("gemma3", dtype=torch.float32), Names()), grid()
+    scorer, trials = LocosScorer(build("gemma3", dtype=torch.float32), NumberNames()), grid()
     tree = trial_tree(trials)
 
     def scored(skip: set[int]) -> dict[int, HeadScores]:
@@ -130,7 +125,7 @@ def test_rotary_embeddings_that_depend_on_the_length_share_nothing(kind: str) ->
     factors = {"short_factor": [1.0] * 8, "long_factor": [3.0] * 8} if kind == "longrope" else {}
     rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 48, **factors}
     model = tiny_models.build("llama", max_position_embeddings=192, rope_parameters=rope)
-    scorer, trials = LocosScorer(model, Names()), grid()
+    scorer, trials = LocosScorer(model, NumberNames()), grid()
     with pytest.raises(UnsupportedModelError, match=f"rotary embeddings of type '{kind}'"):
         PrefixCache(model)
     for scores, trial in zip(scorer.score_many(trials), trials, strict=True):

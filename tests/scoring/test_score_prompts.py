@@ -13,17 +13,12 @@ from locos_fast.scoring.prompt_parts import PromptParts
 from locos_fast.scoring.score import score_prompts
 from locos_fast.scoring.shared_prefixes import behind_shared_prefixes, trial_tree
 from tests.oracles.architecture_models import build
-from tests.oracles.scores import assert_same
+from tests.oracles.scores import NumberNames, assert_same
 from tests.oracles.threads import one_thread
 from tests.oracles.tiny_models import tokens
 
 HAYSTACK = tokens(60).tolist()
 FAMILIES = ("llama", "mistral", "qwen3", "gemma2", "gemma3", "gemma4", "llama4", "gpt_oss", "deepseek_v3")
-
-
-class Names:
-    def decode(self, token_ids: list[int], **_: object) -> str:
-        return str(token_ids[0])
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +69,7 @@ def rows_of_each_pass(model, run) -> tuple[list[int], list[HeadScores]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_are_those_of_each_prompt_alone(family: str, norm: str) -> None:
     model, trials = build(family, dtype=torch.float32), packed()
-    scorer = LocosScorer(model, Names(), norm=norm)
+    scorer = LocosScorer(model, NumberNames(), norm=norm)
     rows, found = rows_of_each_pass(model, lambda: scorer.score_many(trials, detectors="all", verify=True))
     assert [count for count in rows if count > 1] == [4]
     for scores, trial in zip(found, trials, strict=True):
@@ -86,7 +81,9 @@ def test_scores_are_those_of_each_prompt_alone(family: str, norm: str) -> None:
 
 def test_a_model_with_states_runs_each_alone() -> None:
     model, trials = build("qwen3_next", dtype=torch.float32), packed()
-    rows, found = rows_of_each_pass(model, lambda: LocosScorer(model, Names()).score_many(trials, detectors="all"))
+    rows, found = rows_of_each_pass(
+        model, lambda: LocosScorer(model, NumberNames()).score_many(trials, detectors="all")
+    )
     assert set(rows) == {1} and all(scores.meta["prefix_tokens"] > 16 for scores in found)
 
 
@@ -94,7 +91,7 @@ def test_a_model_with_states_runs_each_alone() -> None:
 def test_long_rests_and_large_caches_run_alone(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     monkeypatch.setattr(shared_prefixes, limit, 2)
     model, trials = build("llama", dtype=torch.float32), packed()
-    rows, _ = rows_of_each_pass(model, lambda: LocosScorer(model, Names()).score_many(trials))
+    rows, _ = rows_of_each_pass(model, lambda: LocosScorer(model, NumberNames()).score_many(trials))
     assert set(rows) == {1}
 
 
