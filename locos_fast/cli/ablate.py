@@ -11,6 +11,7 @@ import typer
 
 from locos_fast.cli.input import check_vocabulary, load_model
 from locos_fast.cli.options import (
+    INTERRUPTED,
     Attention,
     Device,
     DeviceMap,
@@ -27,7 +28,19 @@ from locos_fast.cli.options import (
     show,
     warn,
 )
-from locos_fast.cli.trials import trials_of
+from locos_fast.cli.trials import (
+    Characters,
+    ChatTemplate,
+    Dataset,
+    Depths,
+    Haystack,
+    Lengths,
+    Limit,
+    NeedlesPerContext,
+    PromptSuffix,
+    QuestionType,
+    trials_of,
+)
 
 if TYPE_CHECKING:
     from locos_fast.causal.head_sets import Ranking
@@ -36,15 +49,14 @@ if TYPE_CHECKING:
 
 OTHER_SEED = 1_000_003  # apart: of the facts that prompts for calibration are made of
 PICTURE = "ablation.png"
-INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended
 DETECTORS = ("score", "locos_frozen", "locos_foil", "wu", "attention_spatial", "dla", "qrhead")
 
 
 def ablate(
     model: Model,
     heads: Annotated[str, typer.Option(help="A scan's folder, a JSON file of heads, or a list such as 18-6,23-2.")],
-    dataset: Annotated[str, typer.Option(metavar="NAME[:FOLDER]", help="As for `scan`.")],
-    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens: A:B:N, N of them from A to B, or A,B,...")],
+    dataset: Dataset,
+    lengths: Lengths,
     out: Annotated[Path, typer.Option(parser=folder, metavar="FOLDER", help="Folder for the results.")],
     detectors: Annotated[
         str | None, typer.Option(help=f"Arrays of a scan to rank by, the first is judged: {','.join(DETECTORS)}.")
@@ -58,16 +70,14 @@ def ablate(
         ),
     ] = "output-zero",
     calibration: Annotated[int, typer.Option(min=1, help="Other prompts from which modes take means.")] = 8,
-    haystack: Annotated[str | None, typer.Option(help="As for `scan`.")] = None,
-    depths: Annotated[str | None, typer.Option(help="As for `scan`; 5 of them.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Trials at most, spread evenly over lengths and depths.")] = 24,
-    needles_per_context: Annotated[int, typer.Option(min=1, help="As for `scan`.")] = 1,
-    chat_template: Annotated[
-        bool | None, typer.Option(help="Ask as a chat, thinking off; the default if the tokenizer has a template.")
-    ] = None,
-    prompt_suffix: Annotated[str, typer.Option(help="Text behind the question.")] = "",
-    question_type: Annotated[str | None, typer.Option(help="Of NoLiMa: onehop, twohop or twohop2; onehop.")] = None,
-    characters: Annotated[int | None, typer.Option(min=1, help="Of NoLiMa: how many of each test's; 1.")] = None,
+    haystack: Haystack = None,
+    depths: Depths = None,
+    limit: Limit = 24,
+    needles_per_context: NeedlesPerContext = 1,
+    chat_template: ChatTemplate = None,
+    prompt_suffix: PromptSuffix = "",
+    question_type: QuestionType = None,
+    characters: Characters = None,
     seed: Seed = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the sweep that the folder holds.")] = False,
     revision: Revision = None,

@@ -12,6 +12,8 @@ from rich.table import Table
 
 from locos_fast.report.display import shown
 
+INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended
+
 console = Console(emoji=False)  # "A:B:N" is no emoji
 errors = Console(stderr=True, emoji=False)
 

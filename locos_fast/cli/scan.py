@@ -13,6 +13,7 @@ import typer
 
 from locos_fast.cli.input import beginnings_fit, check_vocabulary, load_model
 from locos_fast.cli.options import (
+    INTERRUPTED,
     Attention,
     Device,
     DeviceMap,
@@ -27,7 +28,19 @@ from locos_fast.cli.options import (
     say,
     show,
 )
-from locos_fast.cli.trials import trials_of
+from locos_fast.cli.trials import (
+    Characters,
+    ChatTemplate,
+    Dataset,
+    Depths,
+    Haystack,
+    Lengths,
+    Limit,
+    NeedlesPerContext,
+    PromptSuffix,
+    QuestionType,
+    trials_of,
+)
 from locos_fast.report.display import shown
 
 if TYPE_CHECKING:
@@ -35,34 +48,19 @@ if TYPE_CHECKING:
     from locos_fast.scans.run import Progress
 
 HEADS_SHOWN = 10
-INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended
 REASONS_SHOWN = 3
 LOG_SECONDS = 30.0  # between lines of progress where there is no terminal
 
 
 def scan(
     model: Model,
-    dataset: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME[:FOLDER]",
-            help="numbers (the needle says the answer), bridges (it has to be inferred), niah, nolima, nolima-hard "
-            "(see `data get`), planted, or a .jsonl file.",
-        ),
-    ],
-    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens: A:B:N, N of them from A to B, or A,B,...")],
+    dataset: Dataset,
+    lengths: Lengths,
     out: Annotated[Path, typer.Option(parser=folder, metavar="FOLDER", help="Folder for the results.")],
-    haystack: Annotated[
-        str | None,
-        typer.Option(help="essays, a UTF-8 text file, or a folder of .txt files; essays, or the data set's own."),
-    ] = None,
-    depths: Annotated[
-        str | None, typer.Option(help="How many depths from 0 to 100 %, or percentages: 10,50,90 or 50%; 5 of them.")
-    ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Trials at most, spread evenly over lengths and depths.")] = 96,
-    needles_per_context: Annotated[
-        int, typer.Option(min=1, help="Hide that many needles, evenly spaced, in one context and ask for each.")
-    ] = 1,
+    haystack: Haystack = None,
+    depths: Depths = None,
+    limit: Limit = 96,
+    needles_per_context: NeedlesPerContext = 1,
     norm: Annotated[str, typer.Option(help="none, the published score, or frozen, true logit units.")] = "none",
     protocol: Annotated[
         str,
@@ -79,12 +77,10 @@ def scan(
     cri: Annotated[
         bool, typer.Option("--cri", help="Also patch every head on its own: slow, a pass for every few heads.")
     ] = False,
-    chat_template: Annotated[
-        bool | None, typer.Option(help="Ask as a chat, thinking off; the default if the tokenizer has a template.")
-    ] = None,
-    prompt_suffix: Annotated[str, typer.Option(help="Text behind the question.")] = "",
-    question_type: Annotated[str | None, typer.Option(help="Of NoLiMa: onehop, twohop or twohop2; onehop.")] = None,
-    characters: Annotated[int | None, typer.Option(min=1, help="Of NoLiMa: how many of each test's; 1.")] = None,
+    chat_template: ChatTemplate = None,
+    prompt_suffix: PromptSuffix = "",
+    question_type: QuestionType = None,
+    characters: Characters = None,
     seed: Seed = 0,
     shard: Annotated[str | None, typer.Option(help="I/N: run the I-th of N parts; `merge` puts them together.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the scan that the folder holds.")] = False,

@@ -3,10 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 if TYPE_CHECKING:
     from locos_fast.prompts.scan_trials import ScanTrials
+
+Dataset = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME[:FOLDER]",
+        help="numbers (the needle says the answer), bridges (it has to be inferred), niah, nolima, nolima-hard "
+        "(see `data get`), planted, or a .jsonl file.",
+    ),
+]
+Lengths = Annotated[str, typer.Option(help="Prompt lengths in tokens: A:B:N, N of them from A to B, or A,B,...")]
+Haystack = Annotated[
+    str | None,
+    typer.Option(help="essays, a UTF-8 text file, or a folder of .txt files; essays, or the data set's own."),
+]
+Depths = Annotated[
+    str | None, typer.Option(help="How many depths from 0 to 100 %, or percentages: 10,50,90 or 50%; 5 of them.")
+]
+Limit = Annotated[int, typer.Option(min=1, help="Trials at most, spread evenly over lengths and depths.")]
+NeedlesPerContext = Annotated[
+    int, typer.Option(min=1, help="Hide that many needles, evenly spaced, in one context and ask for each.")
+]
+ChatTemplate = Annotated[
+    bool | None, typer.Option(help="Ask as a chat, thinking off; the default if the tokenizer has a template.")
+]
+PromptSuffix = Annotated[str, typer.Option(help="Text behind the question.")]
+QuestionType = Annotated[str | None, typer.Option(help="Of NoLiMa: onehop, twohop or twohop2; onehop.")]
+Characters = Annotated[int | None, typer.Option(min=1, help="Of NoLiMa: how many of each test's; 1.")]
 
 
 def trials_of(
