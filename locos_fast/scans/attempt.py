@@ -120,16 +120,18 @@ class Attempts:
 
     def _alone(self, trial: Trial, prefix: PrefixCache | None) -> Outcome:
         """One trial: as it is, and where memory does not suffice once more in a smaller way."""
-        by_protocol: dict[Protocol, Callable[..., list[Outcome]]] = {
-            "teacher": self._teacher,
-            "generate": self._generate,
-        }
-        run = by_protocol[self.method.protocol]
-        found = self._caught(lambda: run([trial], prefix, self.method.token_chunk))
+
+        def run(prefix: PrefixCache | None, token_chunk: int | None) -> list[Outcome]:
+            if self.method.protocol == "teacher":
+                return self._teacher([trial], prefix, token_chunk)
+            with self._behind_prompt(trial, prefix, token_chunk) as own:
+                return [self._generate(trial, own, token_chunk)]
+
+        found = self._caught(lambda: run(prefix, self.method.token_chunk))
         if isinstance(found, Exception) and is_out_of_memory(found):
             del found
             free_memory()
-            found = self._caught(lambda: run([trial], None, SMALL_TOKEN_CHUNK))
+            found = self._caught(lambda: run(None, SMALL_TOKEN_CHUNK))
         if isinstance(found, Exception):
             return _failure("out-of-memory" if is_out_of_memory(found) else "failed", found)
         return found[0]
@@ -164,13 +166,6 @@ class Attempts:
             outcomes.append(self._with_cri(trial, outcome, token_chunk))
         return outcomes
 
-    def _generate(self, trials: Sequence[Trial], prefix: PrefixCache | None, token_chunk: int | None) -> list[Outcome]:
-        outcomes = []
-        for trial in trials:
-            with self._behind_prompt(trial, prefix, token_chunk) as own:
-                outcomes.append(self._generate_one(trial, own, token_chunk))
-        return outcomes
-
     @contextlib.contextmanager
     def _behind_prompt(
         self, trial: Trial, prefix: PrefixCache | None, token_chunk: int | None
@@ -190,7 +185,7 @@ class Attempts:
                     own.extend(torch.tensor([missing], device=device))
             yield own if own.tokens else None
 
-    def _generate_one(self, trial: Trial, prefix: PrefixCache | None, token_chunk: int | None) -> Outcome:
+    def _generate(self, trial: Trial, prefix: PrefixCache | None, token_chunk: int | None) -> Outcome:
         """The reply is scored as if it had been given, behind the same beginning: one more forward pass over what
         follows that, while generating is not observed at all."""
         stop = StopRules.of(self.model, self.tokenizer, max_thinking_tokens=self.method.max_thinking_tokens)
